@@ -1,0 +1,45 @@
+#include "base/huge_pages.h"
+
+#include <sys/mman.h>
+
+#include <utility>
+
+namespace moed {
+namespace {
+
+constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+
+}  // namespace
+
+StatusOr<HugePages> HugePages::allocate(int64_t bytes) {
+  MOED_CHECK(bytes >= 0) << bytes;
+  if (bytes == 0) return HugePages();
+  // One huge page more than needed, so that the start can be aligned; the untouched rest costs address space alone.
+  const int64_t size = (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  void* mapped = mmap(nullptr, size + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) {
+    return Status(StatusCode::kResourceExhausted, "cannot map " + std::to_string(bytes) + " bytes of memory");
+  }
+  const auto address = reinterpret_cast<uintptr_t>(mapped);
+  const uintptr_t aligned = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
+  if (aligned > address) munmap(mapped, aligned - address);
+  const uintptr_t tail = aligned + size;
+  if (const uintptr_t end = address + size + kHugePageBytes; end > tail) munmap(reinterpret_cast<void*>(tail), end - tail);
+  madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE);
+  return HugePages(reinterpret_cast<std::byte*>(aligned), size);
+}
+
+HugePages::~HugePages() {
+  if (data_ != nullptr) munmap(data_, size_);
+}
+
+HugePages::HugePages(HugePages&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+
+HugePages& HugePages::operator=(HugePages&& other) noexcept {
+  std::swap(data_, other.data_);
+  std::swap(size_, other.size_);
+  return *this;
+}
+
+}  // namespace moed

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "base/status.h"
+
+namespace moed {
+
+// Anonymous memory on huge pages where the kernel grants them (transparent huge pages by madvise), zeroed, aligned to 2 MiB:
+// where weights and KV live. Move-only owner; usable from any thread.
+class HugePages {
+ public:
+  HugePages() = default;
+  // Errors: kResourceExhausted with the number of bytes asked for.
+  static StatusOr<HugePages> allocate(int64_t bytes);
+  ~HugePages();
+  HugePages(HugePages&& other) noexcept;
+  HugePages& operator=(HugePages&& other) noexcept;
+
+  std::byte* data() const { return data_; }
+  int64_t size() const { return size_; }
+
+ private:
+  HugePages(std::byte* data, int64_t size) : data_(data), size_(size) {}
+  std::byte* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace moed
