@@ -1,0 +1,56 @@
+# The two commands a newcomer needs, and a few for those who stay. docs/HACKING.md says more.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help deps build demo serve test lint format docker-check clean
+
+JOBS ?= $(shell nproc)
+BUILD := build/release
+MOED := $(BUILD)/server/moed
+DEMO := models/demo
+MODEL ?= $(DEMO)
+ARGS ?=
+
+help:
+	@echo 'moed: serves mixture-of-experts language models'
+	@echo
+	@echo '  make serve                 install what is missing, build, make the demo model, serve it on 127.0.0.1:8000'
+	@echo '  make serve MODEL=/path     serve a checkpoint folder of yours;  ARGS="--http-port 9000 ..." passes flags on'
+	@echo '  make test                  install, build and run every test; ends with "N passed, N failed"'
+	@echo
+	@echo '  make build                 build the daemon only'
+	@echo '  make lint                  formatting, layering, clang-tidy, thread-safety analysis'
+	@echo '  make format                let clang-format rewrite the C++ sources'
+	@echo '  make docker-check          build the container image and chat with the daemon in it (root)'
+	@echo '  make clean                 remove build/ (not models/, not .venv/)'
+
+deps:
+	@tools/install_deps.sh serve
+
+build: deps
+	@cmake --preset release --log-level=WARNING
+	@cmake --build $(BUILD) --target moed -j $(JOBS)
+
+demo: deps
+	@.venv/bin/python tools/make_demo.py --out $(DEMO)
+
+serve: build
+	@if [ '$(MODEL)' = '$(DEMO)' ]; then .venv/bin/python tools/make_demo.py --out $(DEMO); fi
+	@exec $(MOED) serve --model '$(MODEL)' $(ARGS)
+
+test:
+	@JOBS=$(JOBS) tools/run_tests.sh
+
+lint:
+	@tools/install_deps.sh test
+	@cmake --preset release --log-level=WARNING
+	@tools/lint.sh
+
+format:
+	@git ls-files -co --exclude-standard '*.h' '*.cpp' | xargs clang-format-16 -i
+
+docker-check:
+	@tools/install_deps.sh docker
+	@tools/docker_check.sh
+
+clean:
+	rm -rf build
