@@ -1,0 +1,109 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string_view>
+#include <utility>
+
+#include "base/status.h"
+
+namespace moed {
+
+class Device;
+class Ops;
+
+// Where a buffer lies. kDevice: the device's own memory. kPinned: host memory that DMA reads and writes. kMapped: host memory
+// that kernels read and write in place (small things: row tables, flags, activations that cross). The host device knows no
+// difference.
+enum class Memory : uint8_t { kDevice, kPinned, kMapped };
+
+// Owns memory of a device. Move-only; must die before its device.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(Device* device, std::byte* data, int64_t size, Memory memory)
+      : device_(device), data_(data), size_(size), memory_(memory) {}
+  ~Buffer();
+  Buffer(Buffer&& other) noexcept { swap(other); }
+  Buffer& operator=(Buffer&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+
+  // An address that ops and copies take; the host may dereference it unless the memory is kDevice of another device than the host.
+  std::byte* data() const { return data_; }
+  int64_t size() const { return size_; }
+  Memory memory() const { return memory_; }
+  template <class T>
+  T* as() const {
+    return reinterpret_cast<T*>(data_);
+  }
+
+ private:
+  void swap(Buffer& other) noexcept {
+    std::swap(device_, other.device_);
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    std::swap(memory_, other.memory_);
+  }
+  Device* device_ = nullptr;
+  std::byte* data_ = nullptr;
+  int64_t size_ = 0;
+  Memory memory_ = Memory::kDevice;
+};
+
+// A point in a stream. Serving thread only.
+class Event {
+ public:
+  virtual ~Event() = default;
+  virtual bool done() const = 0;
+  // Blocks until done. A copy or launch that failed before it surfaces here.
+  virtual Status join() = 0;
+  // REQUIRES: both recorded and done.
+  virtual double us_since(const Event& earlier) const = 0;
+};
+
+// Work in order. Serving thread only. Enqueueing does not wait; errors surface at Event::join().
+class Stream {
+ public:
+  virtual ~Stream() = default;
+  virtual void copy(void* target, const void* source, int64_t bytes) = 0;
+  virtual void record(Event& event) = 0;
+  // Later work waits for the event. REQUIRES: event recorded.
+  virtual void wait(const Event& event) = 0;
+};
+
+// A place that computes: its memory, its streams, its kernels. Serving thread only, but for allocate(), which belongs to start-up.
+class Device {
+ public:
+  virtual ~Device() = default;
+  // "cpu: AMD EPYC 9R14, avx512_bf16, 2 threads": for the log and /info.
+  virtual std::string_view description() const = 0;
+  // True when host code may read device memory and ops run on the calling thread.
+  virtual bool is_host() const = 0;
+  // Zeroed, 64-byte aligned. Errors: kResourceExhausted with the bytes asked for.
+  virtual StatusOr<Buffer> allocate(int64_t bytes, Memory memory) = 0;
+  virtual std::unique_ptr<Stream> make_stream() = 0;
+  virtual std::unique_ptr<Event> make_event() = 0;
+  virtual Ops& ops() = 0;
+
+ private:
+  friend class Buffer;
+  virtual void release(std::byte* data, int64_t size, Memory memory) = 0;
+};
+
+inline Buffer::~Buffer() {
+  if (data_ != nullptr) device_->release(data_, size_, memory_);
+}
+
+struct DeviceOptions {
+  int num_threads = 0;         // compute threads of the host, the serving thread counted; 0: default_compute_threads()
+  bool deterministic = false;  // one kernel family with one K order for every number of rows
+  std::string_view isa;        // "": the best the CPU has; else "avx512_bf16", "avx512", "avx2" or "portable"
+};
+
+// spec: "cpu". Errors: kInvalidArgument listing the devices of this build.
+StatusOr<std::unique_ptr<Device>> open_device(std::string_view spec, const DeviceOptions& options);
+
+}  // namespace moed
