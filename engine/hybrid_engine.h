@@ -1,0 +1,28 @@
+#pragma once
+
+#include <memory>
+
+#include "engine/engine.h"
+#include "kernels/device.h"
+#include "model/weights.h"
+#include "offload/expert_store.h"
+
+namespace moed {
+
+struct EngineConfig {
+  int32_t rows_max = 512;       // of one pass
+  int32_t sequences_max = 256;  // of one pass
+  int32_t max_model_len = 0;    // tokens of one context: positions that the rope table covers
+  int64_t kv_blocks = 0;        // of pool kHost
+  int32_t block_tokens = 16;
+};
+
+// The engine that runs the model. All memory is taken here: two passes' activations, the KV pool, tables. model, weights and experts must
+// outlive it. Errors: kResourceExhausted with the bytes asked for.
+StatusOr<std::unique_ptr<Engine>> make_engine(const Model& model, const DenseWeights& weights, const ExpertStore& experts,
+                                              Device& device, const EngineConfig& config);
+
+// Bytes of activations and tables that make_engine() takes for both passes; memory_budget's activation_bytes is at least this.
+int64_t engine_activation_bytes(const ModelConfig& model, const EngineConfig& config);
+
+}  // namespace moed
