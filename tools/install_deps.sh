@@ -36,7 +36,9 @@ fail() { echo "install_deps.sh: $*" >&2; exit 1; }
 # missing_packages: those of `packages` that dpkg does not have, one a line.
 missing_packages() {
   local have
-  have=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null | sed -n 's/^installed //p')
+  # dpkg-query exits 1 when it does not know a package: that is the answer, not an error.
+  have=$({ dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${packages[@]}" 2>/dev/null || true; } |
+    sed -n 's/^installed //p')
   comm -23 <(printf '%s\n' "${packages[@]}" | sort -u) <(sort -u <<<"$have")
 }
 
@@ -90,6 +92,7 @@ install_venv() {
   echo "$key" >".venv/stamp-$group"
 }
 
-mapfile -t missing < <(missing_packages)
+missing_lines=$(missing_packages)
+read -r -a missing <<<"${missing_lines//$'\n'/ }"
 if [ "${#missing[@]}" -gt 0 ]; then install_packages; fi
 if [ "${#requirements[@]}" -gt 0 ]; then install_venv; fi
