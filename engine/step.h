@@ -45,6 +45,7 @@ struct StepSequence {
   int32_t num_cached = 0;  // tokens whose KV stands in the blocks
   int32_t num_new = 0;     // this pass's rows: tokens[num_cached, num_cached + num_new)
   bool prompt_logprobs = false;  // log-probabilities of tokens[num_cached + 1 ..] that belong to the prompt, for those rows
+  int32_t num_prompt_top = 0;    // best ones beside each prompt score
   Pool pool = Pool::kHost;
   std::span<const int32_t> blocks;           // cover [0, num_cached + num_new)
   const SamplingParams* sampling = nullptr;  // null: no token is sampled (not the last chunk)
