@@ -30,7 +30,7 @@ ARROWS = {
 HEADER_HOMES = [
     (re.compile(r"^(cuda|cublas|cub/|cutlass|flashinfer|nvtx)"), ("kernels/cuda/", "tests/")),
     (re.compile(r"^(immintrin|x86intrin|arm_neon|oneapi/dnnl|dnnl)"), ("kernels/host/", "base/", "tests/")),
-    (re.compile(r"^(grpc|google/protobuf|boost/|openssl/|CLI/|toml\+\+|prometheus/)"), ("server/", "proto/", "tests/")),
+    (re.compile(r"^(grpc|google/protobuf|boost/(asio|beast)|openssl/|CLI/|toml\+\+|prometheus/)"), ("server/", "proto/", "tests/")),
 ]
 
 FILE_LINES_MAX = 600
