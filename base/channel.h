@@ -35,6 +35,13 @@ class Channel {
     return pop();
   }
 
+  // Waits until something comes or the channel is closed and empty (then empty).
+  std::optional<T> receive() MOED_EXCLUDES(mutex_) {
+    MutexLock lock(mutex_);
+    while (items_.empty() && !closed_) ready_.wait(lock);
+    return pop();
+  }
+
   // Waits until something comes, the channel is closed (then empty) or `timeout` has passed (then empty).
   std::optional<T> receive_for(std::chrono::microseconds timeout) MOED_EXCLUDES(mutex_) {
     MutexLock lock(mutex_);

@@ -1,0 +1,134 @@
+#include "server/backend.h"
+
+#include <algorithm>
+#include <fstream>
+#include <limits>
+#include <sstream>
+#include <utility>
+
+#include "base/log.h"
+#include "base/thread_pool.h"
+#include "engine/hybrid_engine.h"
+#include "kernels/device.h"
+#include "model/tensor_source.h"
+#include "model/weights.h"
+#include "offload/expert_store.h"
+
+namespace moed {
+namespace {
+
+// A plain box, until the machine is measured: the tracker corrects these within a few passes.
+constexpr double kPriorBytesPerUs = 10'000.0;
+constexpr double kPriorFlopsPerUsPerThread = 100'000.0;
+constexpr uint64_t kDummySeed = 1;
+
+class LoadedBackend final : public Backend {
+ public:
+  LoadedBackend(DenseWeights weights, ExpertStore experts, std::unique_ptr<Device> device, MemoryBudget budget,
+                StepModel prior)
+      : weights_(std::move(weights)),
+        experts_(std::move(experts)),
+        device_(std::move(device)),
+        budget_(std::move(budget)),
+        prior_(prior) {}
+
+  Status make(const Model& model, const EngineConfig& config) {
+    MOED_ASSIGN_OR_RETURN(engine_, make_engine(model, weights_, experts_, *device_, config));
+    return Status();
+  }
+  Engine& engine() override { return *engine_; }
+  const MemoryBudget& budget() const override { return budget_; }
+  StepModel prior() const override { return prior_; }
+  std::string device_description() const override { return std::string(device_->description()); }
+
+ private:
+  DenseWeights weights_;
+  ExpertStore experts_;
+  std::unique_ptr<Device> device_;
+  MemoryBudget budget_;
+  StepModel prior_;
+  std::unique_ptr<Engine> engine_;
+};
+
+int64_t meminfo_bytes(const std::string& key) {
+  std::ifstream file("/proc/meminfo");
+  std::string line;
+  while (std::getline(file, line)) {
+    if (line.rfind(key + ":", 0) != 0) continue;
+    int64_t kib = 0;
+    std::istringstream(line.substr(key.size() + 1)) >> kib;
+    return kib * 1024;
+  }
+  return std::numeric_limits<int64_t>::max();
+}
+
+// A number of a cgroup v2 file; the largest int64 when it says "max" or is not there.
+int64_t cgroup_bytes(const std::string& name) {
+  std::ifstream file("/sys/fs/cgroup/" + name);
+  int64_t bytes = 0;
+  return file >> bytes ? bytes : std::numeric_limits<int64_t>::max();
+}
+
+StatusOr<std::unique_ptr<TensorSource>> open_source(const Settings& settings, const Model& model) {
+  if (settings.model.load_format == "dummy") return dummy_weights(model, kDummySeed);
+  MOED_ASSIGN_OR_RETURN(auto source, open_checkpoint(settings.model.path));
+  MOED_ASSIGN_OR_RETURN(const int64_t unused, check_tensors(model, *source));
+  if (unused > 0) spdlog::warn("{}: {} tensors are not used", settings.model.path, unused);
+  if (source->rounds()) spdlog::warn("{}: weights wider than bf16 are rounded to bf16", settings.model.path);
+  return source;
+}
+
+}  // namespace
+
+MachineMemory machine_memory() {
+  MachineMemory memory{meminfo_bytes("MemAvailable"), "MemAvailable"};
+  const int64_t limit = cgroup_bytes("memory.max");
+  if (limit == std::numeric_limits<int64_t>::max()) return memory;
+  const int64_t headroom = std::max<int64_t>(0, limit - cgroup_bytes("memory.current"));
+  if (headroom < memory.host_free_bytes) memory = {headroom, "cgroup memory.max"};
+  return memory;
+}
+
+StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
+                                                const LoadProgress& progress) {
+  MOED_ASSIGN_OR_RETURN(const auto source, open_source(settings, model));
+
+  BudgetLimits limits;
+  limits.kv_gib = settings.memory.kv_gib;
+  limits.max_model_len = static_cast<int32_t>(settings.model.max_model_len);
+  limits.pass_rows_max = static_cast<int32_t>(settings.scheduler.pass_rows_max);
+  limits.sequences_max = static_cast<int32_t>(settings.scheduler.sequences_max);
+  limits.block_tokens = kKvBlockTokens;
+  MOED_ASSIGN_OR_RETURN(MemoryBudget budget, memory_budget(model.config, limits, machine_memory()));
+  spdlog::info("memory: {}", budget.describe());
+
+  DeviceOptions options;
+  options.num_threads = static_cast<int>(settings.device.threads);
+  options.deterministic = settings.device.deterministic;
+  MOED_ASSIGN_OR_RETURN(auto device, open_device(settings.device.device, options));
+  spdlog::info("device: {}", device->description());
+
+  const int64_t total = budget.dense_weight_bytes + budget.expert_weight_bytes;
+  MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, [&](int64_t bytes) {
+                          progress(std::min(bytes, total), total);
+                        }));
+  const int64_t dense = budget.dense_weight_bytes;
+  MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, [&](int64_t bytes) {
+                          progress(std::min(dense + bytes, total), total);
+                        }));
+
+  EngineConfig config;
+  config.rows_max = limits.pass_rows_max;
+  config.sequences_max = limits.sequences_max;
+  config.max_model_len = budget.max_model_len;
+  config.kv_blocks = budget.kv_blocks;
+  config.block_tokens = kKvBlockTokens;
+  const int threads = options.num_threads > 0 ? options.num_threads : default_compute_threads();
+  const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, kPriorFlopsPerUsPerThread * threads);
+  auto backend = std::make_unique<LoadedBackend>(std::move(weights), std::move(experts), std::move(device),
+                                                 std::move(budget), prior);
+  MOED_RETURN_IF_ERROR(backend->make(model, config));
+  return std::unique_ptr<Backend>(std::move(backend));
+}
+
+}  // namespace moed

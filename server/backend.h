@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "base/status.h"
+#include "engine/engine.h"
+#include "model/architectures.h"
+#include "plan/memory_budget.h"
+#include "plan/step_model.h"
+#include "server/settings.h"
+
+namespace moed {
+
+// What runs passes, with all that it needs to stay alive.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual Engine& engine() = 0;
+  virtual const MemoryBudget& budget() const = 0;
+  virtual StepModel prior() const = 0;
+  virtual std::string device_description() const = 0;
+};
+
+// Bytes that arrived and bytes that will; called now and then from the loading thread.
+using LoadProgress = std::function<void(int64_t loaded_bytes, int64_t total_bytes)>;
+using BackendFactory = std::function<StatusOr<std::unique_ptr<Backend>>(const Settings&, const Model&, const LoadProgress&)>;
+
+// The real one: checks the checkpoint, takes the memory that memory_budget() allows, loads the weights, opens the device. Errors are one line with
+// the arithmetic or the tensor at fault.
+StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model, const LoadProgress& progress);
+
+// Host memory that this process may still take: min(MemAvailable, cgroup headroom).
+MachineMemory machine_memory();
+
+// The block size of KV, tokens.
+inline constexpr int32_t kKvBlockTokens = 16;
+
+}  // namespace moed

@@ -1,0 +1,86 @@
+#include "server/choice_text.h"
+
+#include <utility>
+
+namespace moed {
+
+TokenText token_text(const Tokenizer& tokenizer, const ScoredToken& token, bool logprobs) {
+  TokenText text;
+  text.token = token.token;
+  text.bytes = tokenizer.token_bytes(token.token);
+  if (!logprobs) return text;
+  text.logprob = token.logprob;
+  for (const TokenLogprob& other : token.top) {
+    text.top.push_back({other.token, tokenizer.token_bytes(other.token), other.logprob});
+  }
+  return text;
+}
+
+ChoiceText::ChoiceText(const Tokenizer& tokenizer, int32_t choice, ChoiceTextOptions options,
+                       std::span<const int32_t> prompt_tail)
+    : tokenizer_(tokenizer),
+      choice_(choice),
+      options_(std::move(options)),
+      detokenizer_(tokenizer, options_.skip_special_tokens, prompt_tail),
+      matcher_(options_.stop) {}
+
+StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& deltas) {
+  if (finished_) return false;
+  Delta delta;
+  delta.choice = choice_;
+  bool stopped = false;
+  if (event.has_token) ++num_tokens_;
+  // The token that ended the choice is no text, unless it was asked for.
+  if (event.has_token && (event.stop_token < 0 || options_.include_stop)) {
+    MOED_ASSIGN_OR_RETURN(std::string piece, detokenizer_.push(event.token.token));
+    const int64_t begin = produced_bytes_;
+    produced_bytes_ += static_cast<int64_t>(piece.size());
+    held_.push_back({token_text(tokenizer_, event.token, options_.logprobs), begin, produced_bytes_});
+    if (num_tokens_ < options_.min_tokens) {
+      release(matcher_.pass(piece), delta);
+    } else {
+      StopMatcher::Result found = matcher_.push(piece);
+      stopped = found.stop >= 0;
+      if (stopped) delta.stop_text = matcher_.stop(found.stop);
+      if (stopped && options_.include_stop) found.text += delta.stop_text;
+      release(std::move(found.text), delta);
+    }
+  }
+  if (stopped) {
+    end(FinishReason::kStop, delta);
+  } else if (event.finish != FinishReason::kNone) {
+    MOED_ASSIGN_OR_RETURN(const std::string tail, detokenizer_.flush());
+    produced_bytes_ += static_cast<int64_t>(tail.size());
+    if (!held_.empty()) held_.back().end = produced_bytes_;
+    release(matcher_.pass(tail), delta);
+    delta.stop_token = event.stop_token;
+    end(event.finish, delta);
+  }
+  delta.num_tokens = num_tokens_;
+  if (!delta.text.empty() || !delta.tokens.empty() || delta.finish != FinishReason::kNone) {
+    deltas.push_back(std::move(delta));
+  }
+  return stopped && event.finish == FinishReason::kNone;
+}
+
+void ChoiceText::release(std::string text, Delta& delta) {
+  released_bytes_ += static_cast<int64_t>(text.size());
+  delta.text += text;
+  while (!held_.empty() && held_.front().end <= released_bytes_) {
+    delta.tokens.push_back(std::move(held_.front().token));
+    held_.pop_front();
+  }
+}
+
+void ChoiceText::end(FinishReason reason, Delta& delta) {
+  // A token of which some text was sent before the cut goes with it; those wholly behind the cut are not shown.
+  while (!held_.empty() && held_.front().begin < released_bytes_) {
+    delta.tokens.push_back(std::move(held_.front().token));
+    held_.pop_front();
+  }
+  held_.clear();
+  delta.finish = reason;
+  finished_ = true;
+}
+
+}  // namespace moed

@@ -1,0 +1,295 @@
+#include "server/daemon.h"
+
+#include <algorithm>
+#include <ctime>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "server/generation.h"
+
+#ifndef MOED_VERSION
+#define MOED_VERSION "unknown"
+#endif
+
+namespace moed {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int kTextThreads = 2;
+// A pass that has not reached a layer boundary for so long hangs.
+constexpr int64_t kHeartbeatMaxUs = 60'000'000;
+// Events that a door may leave unread before its request is dropped.
+constexpr size_t kEventsMax = 16'384;
+
+std::string folder_name(const std::string& path) {
+  const std::filesystem::path normal = std::filesystem::path(path).lexically_normal();
+  const std::string name = normal.filename().string();
+  return name.empty() ? normal.parent_path().filename().string() : name;
+}
+
+std::vector<std::string> served_names(const Settings& settings) {
+  if (!settings.model.served_model_name.empty()) return settings.model.served_model_name;
+  return {folder_name(settings.model.path)};
+}
+
+// tokenizer_config.json's eos_token, spelled as a string or an object with `content`.
+std::optional<std::string> tokenizer_eos(const std::string& model_dir) {
+  std::ifstream file(std::filesystem::path(model_dir) / "tokenizer_config.json");
+  const Json json = Json::parse(file, nullptr, /*allow_exceptions=*/false);
+  if (!json.is_object() || !json.contains("eos_token")) return std::nullopt;
+  const Json& eos = json["eos_token"];
+  if (eos.is_string()) return eos.get<std::string>();
+  if (eos.is_object() && eos.contains("content") && eos["content"].is_string()) return eos["content"].get<std::string>();
+  return std::nullopt;
+}
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+Json budget_json(const MemoryBudget& budget) {
+  return {{"dense_weight_bytes", budget.dense_weight_bytes},
+          {"expert_weight_bytes", budget.expert_weight_bytes},
+          {"kv_bytes", budget.kv_bytes},
+          {"activation_bytes", budget.activation_bytes},
+          {"process_bytes", budget.process_bytes},
+          {"free_bytes", budget.free_bytes},
+          {"kv_blocks", budget.kv_blocks},
+          {"max_model_len", budget.max_model_len}};
+}
+
+}  // namespace
+
+Daemon::Daemon(Settings settings, ApiKeys keys)
+    : settings_(std::move(settings)),
+      keys_(std::move(keys)),
+      names_(served_names(settings_)),
+      created_s_(std::time(nullptr)),
+      metrics_(names_.front()),
+      text_pool_(std::make_unique<TextPool>(kTextThreads, static_cast<size_t>(settings_.scheduler.queue_max))) {}
+
+Daemon::~Daemon() {
+  stop();
+  text_pool_.reset();
+}
+
+Status Daemon::load_text(Loaded& loaded) const {
+  const std::string& dir = settings_.model.path;
+  MOED_ASSIGN_OR_RETURN(loaded.tokenizer, Tokenizer::load(dir));
+  ChatTemplateLimits limits;
+  limits.fuel = static_cast<uint64_t>(settings_.limits.template_fuel);
+  limits.output_bytes_max = static_cast<uint64_t>(settings_.limits.template_output_bytes);
+  auto chat_template = ChatTemplate::load(dir, limits);
+  if (chat_template.ok()) {
+    loaded.chat_template = std::move(*chat_template);
+  } else if (chat_template.status().code() == StatusCode::kNotFound) {
+    spdlog::warn("{}; chat requests are refused", chat_template.status().message());
+  } else {
+    return chat_template.status();
+  }
+  return Status();
+}
+
+SchedulerConfig Daemon::scheduler_config(const MemoryBudget& budget) const {
+  SchedulerConfig config;
+  config.block_tokens = kKvBlockTokens;
+  config.num_blocks = budget.kv_blocks;
+  config.pass_rows_max = static_cast<int32_t>(settings_.scheduler.pass_rows_max);
+  config.sequences_max = static_cast<int32_t>(settings_.scheduler.sequences_max);
+  config.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);
+  config.queue_tokens_max = settings_.scheduler.queue_tokens_max;
+  config.bulk_rows_min = static_cast<int32_t>(settings_.scheduler.bulk_rows_min);
+  config.prefix_cache = settings_.memory.prefix_cache;
+  return config;
+}
+
+Status Daemon::load(const BackendFactory& factory) {
+  auto loaded = std::make_unique<Loaded>();
+  MOED_ASSIGN_OR_RETURN(loaded->model, load_model_config(settings_.model.path));
+  MOED_RETURN_IF_ERROR(load_text(*loaded));
+  MOED_ASSIGN_OR_RETURN(loaded->backend, factory(settings_, loaded->model, [this](int64_t bytes, int64_t total) {
+                          loaded_bytes_ = bytes;
+                          total_bytes_ = total;
+                        }));
+  const MemoryBudget& budget = loaded->backend->budget();
+
+  ValidationContext& context = loaded->context;
+  context.tokenizer = loaded->tokenizer.get();
+  context.chat_template = loaded->chat_template.get();
+  context.defaults = loaded->model.generation;
+  context.eos_token_ids = loaded->model.generation.eos_token_ids;
+  if (const auto eos = tokenizer_eos(settings_.model.path)) {
+    const auto id = loaded->tokenizer->token_to_id(*eos);
+    auto& ids = context.eos_token_ids;
+    if (id.has_value() && std::find(ids.begin(), ids.end(), *id) == ids.end()) ids.push_back(*id);
+  }
+  context.vocab_size = loaded->model.config.vocab_size;
+  context.max_model_len = budget.max_model_len;
+  context.limits = settings_.limits;
+
+  loaded->scheduler = std::make_unique<Scheduler>(scheduler_config(budget));
+  ServingConfig serving;
+  serving.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);
+  serving.yield_layers = static_cast<int32_t>(settings_.scheduler.yield_layers);
+  loaded->loop = std::make_unique<ServingLoop>(loaded->backend->engine(), *loaded->scheduler, loaded->model.config,
+                                               loaded->backend->prior(), metrics_, serving);
+  loaded->loop->start();
+  storage_ = std::move(loaded);
+  loaded_.store(storage_.get(), std::memory_order_release);
+  state_ = ServerState::kReady;
+  return Status();
+}
+
+void Daemon::drain(double seconds, const std::function<bool()>& stop_now) {
+  state_ = ServerState::kDraining;
+  const int64_t deadline = now_us() + static_cast<int64_t>(seconds * 1e6);
+  while (storage_ != nullptr && storage_->loop->num_open() > 0 && now_us() < deadline && !stop_now()) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+}
+
+void Daemon::stop() {
+  state_ = ServerState::kDraining;
+  if (storage_ == nullptr || stopped_) return;
+  stopped_ = true;
+  storage_->loop->stop(Status(StatusCode::kUnavailable, "the server is shutting down"));
+}
+
+Status Daemon::unavailable() const {
+  if (state_ == ServerState::kLoading) return Status(StatusCode::kUnavailable, "the model is loading");
+  return Status(StatusCode::kUnavailable, "the server is shutting down");
+}
+
+std::shared_ptr<Generation> Daemon::start(GenerationParams params, std::function<void()> wake) {
+  Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  const bool ready = loaded != nullptr && state_ == ServerState::kReady;
+  auto generation = std::make_shared<GenerationImpl>(params.request_id, now_us(),
+                                                     ready ? loaded->tokenizer.get() : nullptr,
+                                                     ready ? loaded->loop.get() : nullptr, std::move(wake));
+  Status status = ready ? check_model(params.model) : unavailable();
+  if (!status.ok()) {
+    generation->refuse(std::move(status));
+    return generation;
+  }
+  // A weak pointer: a door that gave up before its turn came costs no work.
+  const bool posted = text_pool_->try_post([this, loaded, weak = std::weak_ptr(generation), params = std::move(params)] {
+    const auto alive = weak.lock();
+    if (alive == nullptr || alive->cancelled()) return;
+    auto valid = validate(params, loaded->context);
+    if (!valid.ok()) return alive->refuse(valid.status());
+    const RequestId first = next_request_.fetch_add(static_cast<RequestId>(valid->requests.size()));
+    alive->run(std::move(*valid), request_limits(loaded->context), first, kEventsMax);
+  });
+  if (!posted) {
+    generation->refuse(Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
+  }
+  return generation;
+}
+
+void Daemon::tokenize(TokenizeParams params, std::function<void(StatusOr<TokenizeResult>)> done) {
+  Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  if (loaded == nullptr) return done(unavailable());
+  if (Status status = check_model(params.model); !status.ok()) return done(std::move(status));
+  const auto run = [loaded, params = std::move(params)]() -> StatusOr<TokenizeResult> {
+    TokenizeResult result;
+    result.max_model_len = loaded->context.max_model_len;
+    std::string text = params.text;
+    if (params.chat) {
+      if (loaded->chat_template == nullptr) return invalid_argument("this checkpoint has no chat template", "messages");
+      ChatTemplateOptions options;
+      options.add_generation_prompt = params.add_generation_prompt;
+      options.kwargs_json = params.template_kwargs_json;
+      MOED_ASSIGN_OR_RETURN(text, render_chat(params.messages_json, options, *loaded->chat_template));
+    }
+    MOED_ASSIGN_OR_RETURN(result.tokens,
+                          loaded->tokenizer->encode(text, params.add_special_tokens.value_or(!params.chat)));
+    return result;
+  };
+  if (!text_pool_->try_post([run, done] { done(run()); })) {
+    done(Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
+  }
+}
+
+void Daemon::detokenize(std::string model, std::vector<int64_t> tokens,
+                        std::function<void(StatusOr<std::string>)> done) {
+  Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  if (loaded == nullptr) return done(unavailable());
+  if (Status status = check_model(model); !status.ok()) return done(std::move(status));
+  const auto run = [loaded, tokens = std::move(tokens)]() -> StatusOr<std::string> {
+    std::vector<int32_t> ids;
+    for (const int64_t token : tokens) {
+      if (token < 0 || token >= loaded->context.vocab_size) {
+        return invalid_argument("tokens: " + std::to_string(token) + " is not between 0 and " +
+                                    std::to_string(loaded->context.vocab_size - 1),
+                                "tokens");
+      }
+      ids.push_back(static_cast<int32_t>(token));
+    }
+    return loaded->tokenizer->decode(ids, /*skip_special_tokens=*/false);
+  };
+  if (!text_pool_->try_post([run, done] { done(run()); })) {
+    done(Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
+  }
+}
+
+Health Daemon::health() const {
+  Health health;
+  health.state = state_;
+  health.loaded_bytes = loaded_bytes_;
+  health.total_bytes = total_bytes_;
+  const Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  health.alive = loaded == nullptr || now_us() - loaded->loop->heartbeat_us() < kHeartbeatMaxUs;
+  return health;
+}
+
+ModelInfo Daemon::model() const {
+  const Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  return {names_, folder_name(settings_.model.path), loaded == nullptr ? 0 : loaded->context.max_model_len, created_s_};
+}
+
+Loads Daemon::loads() const {
+  const Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  if (loaded == nullptr) return {};
+  const SchedulerStats stats = loaded->loop->stats();
+  return {stats.num_running, stats.num_waiting,
+          stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total) : 0.0};
+}
+
+Status Daemon::check_model(const std::string& name) const {
+  if (name.empty() || std::find(names_.begin(), names_.end(), name) != names_.end()) return Status();
+  return Status(StatusCode::kNotFound, "The model `" + name + "` does not exist; this server has: " + joined(names_),
+                "model", "model_not_found");
+}
+
+std::string Daemon::info_json() const {
+  Json info = {{"version", MOED_VERSION}, {"model", {{"names", names_}, {"root", folder_name(settings_.model.path)}}}};
+  if (const Loaded* loaded = loaded_.load(std::memory_order_acquire)) {
+    const ModelConfig& config = loaded->model.config;
+    info["model"]["architecture"] = config.architecture;
+    info["model"]["num_layers"] = config.num_layers;
+    info["model"]["hidden_size"] = config.hidden_size;
+    info["model"]["vocab_size"] = config.vocab_size;
+    info["model"]["num_experts"] = config.moe.num_experts;
+    info["model"]["experts_per_token"] = config.moe.router.top_k;
+    info["model"]["max_model_len"] = loaded->context.max_model_len;
+    info["device"] = loaded->backend->device_description();
+    info["memory_budget"] = budget_json(loaded->backend->budget());
+    info["plan"] = {{"policy", "host"}, {"halves", 1}, {"kv", "host"}, {"experts", "host"}};
+  }
+  info["settings"] = Json::parse(settings_json(settings_), nullptr, /*allow_exceptions=*/false);
+  return info.dump(2, ' ', false, Json::error_handler_t::replace);
+}
+
+std::string Daemon::metrics_text() const { return metrics_.text(); }
+
+bool Daemon::authorized(std::string_view presented) const { return keys_.empty() || keys_.accepts(presented); }
+
+}  // namespace moed

@@ -1,0 +1,196 @@
+#include "server/generation.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/log.h"
+
+namespace moed {
+namespace {
+
+// Enough for tokenizers that look back for the space before the answer's first word.
+constexpr size_t kPromptTailTokens = 8;
+
+}  // namespace
+
+GenerationImpl::GenerationImpl(std::string request_id, int64_t arrival_us, const Tokenizer* tokenizer,
+                               ServingLoop* loop, std::function<void()> wake)
+    : request_id_(std::move(request_id)),
+      arrival_us_(arrival_us),
+      tokenizer_(tokenizer),
+      loop_(loop),
+      wake_(std::move(wake)) {}
+
+GenerationImpl::~GenerationImpl() {
+  if (phase_ == Phase::kPreparing || phase_ == Phase::kRunning) {
+    cancel();
+    log_end("cancelled");
+  }
+}
+
+void GenerationImpl::refuse(Status status) {
+  {
+    MutexLock lock(mutex_);
+    refusal_ = std::move(status);
+  }
+  wake_();
+}
+
+void GenerationImpl::run(ValidGeneration valid, const RequestLimits& limits, RequestId first_id, size_t events_max) {
+  std::vector<Request> requests;
+  for (size_t i = 0; i < valid.requests.size(); ++i) {
+    valid.requests[i].id = first_id + static_cast<RequestId>(i);
+    valid.requests[i].arrival_us = arrival_us_;
+    auto request = Request::make(valid.requests[i], limits);
+    if (!request.ok()) return refuse(request.status());
+    requests.push_back(std::move(*request));
+  }
+  auto prepared = std::make_unique<Prepared>();
+  prepared->valid = std::move(valid);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    prepared->streams.push_back(std::make_shared<RequestStream>(events_max, wake_, [loop = loop_] { loop->signal(); }));
+  }
+  const auto streams = prepared->streams;
+  {
+    MutexLock lock(mutex_);
+    prepared_ = std::move(prepared);
+    cancel_streams_ = streams;
+  }
+  // A cancel that came while the streams were not there yet.
+  if (cancelled()) {
+    for (const auto& stream : streams) stream->cancel();
+  }
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (Status status = loop_->submit({std::move(requests[i]), streams[i]}); !status.ok()) streams[i]->fail(status);
+  }
+  wake_();
+}
+
+void GenerationImpl::cancel() {
+  if (cancelled_.exchange(true)) return;
+  std::vector<std::shared_ptr<RequestStream>> streams;
+  {
+    MutexLock lock(mutex_);
+    streams = cancel_streams_;
+  }
+  for (const auto& stream : streams) stream->cancel();
+}
+
+void GenerationImpl::take_over(Prepared prepared) {
+  valid_ = std::move(prepared.valid);
+  streams_ = std::move(prepared.streams);
+  accepted_.resize(streams_.size());
+  prompt_tokens_.resize(streams_.size());
+  for (const RequestSpec& spec : valid_.requests) {
+    usage_.prompt_tokens += static_cast<int64_t>(spec.prompt.size());
+    const size_t tail = std::min(spec.prompt.size(), kPromptTailTokens);
+    for (int32_t i = 0; i < spec.n; ++i) {
+      choices_.emplace_back(*tokenizer_, static_cast<int32_t>(choices_.size()), valid_.text,
+                            std::span(spec.prompt).last(tail));
+    }
+  }
+  begun_.resize(choices_.size());
+  open_choices_ = num_choices();
+}
+
+Generation::Update GenerationImpl::poll() {
+  Update update;
+  if (phase_ == Phase::kPreparing && streams_.empty()) {
+    std::unique_ptr<Prepared> prepared;
+    {
+      MutexLock lock(mutex_);
+      prepared = std::move(prepared_);
+      update.status = refusal_;
+    }
+    if (!update.status.ok()) {
+      phase_ = Phase::kRefused;
+      log_end("refused");
+    }
+    if (prepared != nullptr) take_over(std::move(*prepared));
+  }
+  if (phase_ == Phase::kPreparing || phase_ == Phase::kRunning) {
+    for (size_t prompt = 0; prompt < streams_.size(); ++prompt) {
+      if (Status status = take_events(prompt, update); !status.ok()) {
+        fail(std::move(status), update);
+        break;
+      }
+    }
+  }
+  const bool all_accepted = std::all_of(accepted_.begin(), accepted_.end(), [](bool accepted) { return accepted; });
+  if (phase_ == Phase::kPreparing && !streams_.empty() && all_accepted) phase_ = Phase::kRunning;
+  if (phase_ == Phase::kRunning && open_choices_ == 0) {
+    phase_ = Phase::kDone;
+    log_end("done");
+  }
+  update.phase = phase_;
+  return update;
+}
+
+Status GenerationImpl::take_events(size_t prompt, Update& update) {
+  RequestStream::News news = streams_[prompt]->take();
+  accepted_[prompt] = accepted_[prompt] || news.accepted;
+  for (const TokenEvent& event : news.events) MOED_RETURN_IF_ERROR(push_event(prompt, event, update.deltas));
+  return news.failure;
+}
+
+Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::vector<Delta>& deltas) {
+  const size_t choice = prompt * valid_.requests[prompt].n + event.choice;
+  ChoiceText& text = choices_[choice];
+  if (text.finished()) return Status();
+  if (first_token_us_ == 0) first_token_us_ = now_us();
+  // The prompt's scores come once a request, and are shown with each of its choices.
+  if (!event.prompt_scores.empty()) {
+    for (const ScoredToken& token : event.prompt_scores) {
+      prompt_tokens_[prompt].push_back(token_text(*tokenizer_, token, true));
+    }
+  }
+  const size_t before = deltas.size();
+  const int32_t tokens_before = text.num_tokens();
+  MOED_ASSIGN_OR_RETURN(const bool stopped, text.push(event, deltas));
+  if (stopped) streams_[prompt]->end_choice(event.choice);
+  usage_.completion_tokens += text.num_tokens() - tokens_before;
+  if (!begun_[choice]) {
+    begun_[choice] = true;
+    if (event.choice == 0) usage_.cached_tokens += event.num_cached_tokens;
+    if (valid_.echo || valid_.prompt_scores) {
+      if (deltas.size() == before) {
+        deltas.emplace_back();
+        deltas.back().choice = static_cast<int32_t>(choice);
+        deltas.back().num_tokens = text.num_tokens();
+      }
+      add_prompt(prompt, deltas.back());
+    }
+  }
+  if (text.finished()) --open_choices_;
+  return Status();
+}
+
+void GenerationImpl::add_prompt(size_t prompt, Delta& delta) const {
+  delta.has_prompt = true;
+  delta.prompt_text = valid_.prompt_texts[prompt];
+  if (!valid_.prompt_scores) return;
+  ScoredToken first;
+  first.token = valid_.requests[prompt].prompt.front();
+  delta.prompt_tokens.push_back(token_text(*tokenizer_, first, false));
+  const auto& scored = prompt_tokens_[prompt];
+  delta.prompt_tokens.insert(delta.prompt_tokens.end(), scored.begin(), scored.end());
+}
+
+void GenerationImpl::fail(Status status, Update& update) {
+  const bool nothing_sent = phase_ == Phase::kPreparing && update.deltas.empty();
+  phase_ = nothing_sent ? Phase::kRefused : Phase::kFailed;
+  cancel();
+  log_end(nothing_sent ? "refused" : "failed");
+  update.status = std::move(status);
+}
+
+void GenerationImpl::log_end(const char* outcome) const {
+  const int64_t now = now_us();
+  const int64_t first = first_token_us_ == 0 ? now : first_token_us_;
+  spdlog::info("request id={} outcome={} prompt_tokens={} cached_tokens={} completion_tokens={} ttft_ms={} total_ms={}",
+               request_id_, outcome, usage_.prompt_tokens, usage_.cached_tokens, usage_.completion_tokens,
+               (first - arrival_us_) / 1000, (now - arrival_us_) / 1000);
+}
+
+}  // namespace moed

@@ -1,0 +1,138 @@
+#include "server/metrics.h"
+
+#include <prometheus/counter.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+#include <prometheus/text_serializer.h>
+
+#include <map>
+#include <utility>
+
+namespace moed {
+namespace {
+
+using Buckets = prometheus::Histogram::BucketBoundaries;
+
+// vLLM's boundaries, seconds and tokens.
+const Buckets kFirstTokenBuckets = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08,  0.1,   0.25,  0.5,    0.75,
+                                    1.0,   2.5,   5.0,  7.5,  10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0};
+const Buckets kInterTokenBuckets = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,  0.3,  0.4, 0.5,
+                                    0.75, 1.0,   2.5,  5.0,   7.5, 10.0, 20.0, 40.0, 80.0};
+const Buckets kRequestBuckets = {0.3, 0.5,  0.8,  1.0,  1.5,   2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
+                                 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0};
+const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+
+const char* reason_label(FinishReason reason) {
+  switch (reason) {
+    case FinishReason::kLength:
+      return "length";
+    case FinishReason::kCancelled:
+      return "abort";
+    case FinishReason::kError:
+      return "error";
+    case FinishReason::kNone:
+    case FinishReason::kStop:
+      break;
+  }
+  return "stop";
+}
+
+}  // namespace
+
+struct ServerMetrics::State {
+  prometheus::Registry registry;
+  prometheus::Labels labels;
+
+  prometheus::Gauge* running = nullptr;
+  prometheus::Gauge* waiting = nullptr;
+  prometheus::Gauge* kv_usage = nullptr;
+  prometheus::Counter* prompt_tokens = nullptr;
+  prometheus::Counter* generation_tokens = nullptr;
+  prometheus::Counter* preemptions = nullptr;
+  prometheus::Counter* prefix_queries = nullptr;
+  prometheus::Counter* prefix_hits = nullptr;
+  prometheus::Histogram* first_token = nullptr;
+  prometheus::Histogram* inter_token = nullptr;
+  prometheus::Histogram* time_per_output_token = nullptr;
+  prometheus::Histogram* e2e = nullptr;
+  prometheus::Histogram* iteration_tokens = nullptr;
+  std::map<std::string, prometheus::Counter*> success;
+
+  prometheus::Gauge* gauge(const char* name, const char* help) {
+    return &prometheus::BuildGauge().Name(name).Help(help).Labels(labels).Register(registry).Add({});
+  }
+  prometheus::Counter* counter(const char* name, const char* help) {
+    return &prometheus::BuildCounter().Name(name).Help(help).Labels(labels).Register(registry).Add({});
+  }
+  prometheus::Histogram* histogram(const char* name, const char* help, const Buckets& buckets) {
+    return &prometheus::BuildHistogram().Name(name).Help(help).Labels(labels).Register(registry).Add({}, buckets);
+  }
+};
+
+ServerMetrics::ServerMetrics(const std::string& model_name) : state_(std::make_unique<State>()) {
+  State& s = *state_;
+  s.labels = {{"model_name", model_name}, {"engine", "0"}};
+  s.running = s.gauge("vllm:num_requests_running", "Number of sequences that run.");
+  s.waiting = s.gauge("vllm:num_requests_waiting", "Number of requests that wait.");
+  s.kv_usage = s.gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks that sequences hold. 1 means all.");
+  s.prompt_tokens = s.counter("vllm:prompt_tokens_total", "Prompt tokens of requests that began to generate.");
+  s.generation_tokens = s.counter("vllm:generation_tokens_total", "Generated tokens.");
+  s.preemptions = s.counter("vllm:num_preemptions_total", "Sequences preempted for lack of KV blocks.");
+  s.prefix_queries = s.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.");
+  s.prefix_hits = s.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.");
+  s.first_token = s.histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", kFirstTokenBuckets);
+  s.inter_token = s.histogram("vllm:inter_token_latency_seconds", "Between two tokens of a choice.", kInterTokenBuckets);
+  s.time_per_output_token = s.histogram("vllm:request_time_per_output_token_seconds",
+                                        "Mean time of an output token of a request, the first left out.",
+                                        kInterTokenBuckets);
+  s.e2e = s.histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", kRequestBuckets);
+  s.iteration_tokens = s.histogram("vllm:iteration_tokens_total", "Rows of a pass.", kIterationBuckets);
+  auto& success = prometheus::BuildCounter()
+                      .Name("vllm:request_success_total")
+                      .Help("Requests that ended, by reason.")
+                      .Labels(s.labels)
+                      .Register(s.registry);
+  for (const char* reason : {"stop", "length", "abort", "error"}) {
+    s.success[reason] = &success.Add({{"finished_reason", reason}});
+  }
+}
+
+ServerMetrics::~ServerMetrics() = default;
+
+void ServerMetrics::set_scheduler(const SchedulerStats& stats) {
+  State& s = *state_;
+  s.running->Set(stats.num_running);
+  s.waiting->Set(stats.num_waiting);
+  s.kv_usage->Set(stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total)
+                                         : 0.0);
+  const auto raise = [](prometheus::Counter* counter, int64_t total) {
+    const double growth = static_cast<double>(total) - counter->Value();
+    if (growth > 0) counter->Increment(growth);
+  };
+  raise(s.preemptions, stats.num_preemptions);
+  raise(s.prefix_queries, stats.prefix_queries_tokens);
+  raise(s.prefix_hits, stats.prefix_hits_tokens);
+}
+
+void ServerMetrics::add_prompt(int64_t prompt_tokens) {
+  state_->prompt_tokens->Increment(static_cast<double>(prompt_tokens));
+}
+void ServerMetrics::add_generated_token() { state_->generation_tokens->Increment(); }
+void ServerMetrics::add_iteration(int64_t rows) { state_->iteration_tokens->Observe(static_cast<double>(rows)); }
+void ServerMetrics::observe_first_token(double seconds) { state_->first_token->Observe(seconds); }
+void ServerMetrics::observe_inter_token(double seconds) { state_->inter_token->Observe(seconds); }
+
+void ServerMetrics::finish_request(FinishReason reason, double e2e_seconds, double decode_seconds,
+                                   int64_t generated_tokens) {
+  state_->success[reason_label(reason)]->Increment();
+  if (reason == FinishReason::kCancelled || reason == FinishReason::kError) return;
+  state_->e2e->Observe(e2e_seconds);
+  if (generated_tokens > 1) {
+    state_->time_per_output_token->Observe(decode_seconds / static_cast<double>(generated_tokens - 1));
+  }
+}
+
+std::string ServerMetrics::text() const { return prometheus::TextSerializer().Serialize(state_->registry.Collect()); }
+
+}  // namespace moed

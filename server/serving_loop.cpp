@@ -1,0 +1,226 @@
+#include "server/serving_loop.h"
+
+#include <utility>
+
+#include "base/clock.h"
+#include "base/log.h"
+
+namespace moed {
+namespace {
+
+constexpr auto kIdleWait = std::chrono::milliseconds(100);
+// A waiting request that cannot be admitted yet, with nothing to run: only a cancel or a new request changes that.
+constexpr auto kBlockedWait = std::chrono::milliseconds(1);
+
+double seconds(int64_t us) { return static_cast<double>(us) * 1e-6; }
+
+}  // namespace
+
+ServingLoop::ServingLoop(Engine& engine, Scheduler& scheduler, const ModelConfig& model, StepModel prior,
+                         ServerMetrics& metrics, ServingConfig config)
+    : engine_(engine),
+      scheduler_(scheduler),
+      model_(model),
+      metrics_(metrics),
+      config_(config),
+      channel_(config.queue_max),
+      tracker_(prior) {
+  publish_stats();
+}
+
+ServingLoop::~ServingLoop() { MOED_CHECK(!thread_.joinable()) << "stop() comes before the end"; }
+
+void ServingLoop::start() {
+  heartbeat_us_ = now_us();
+  thread_ = std::thread([this] { run(); });
+}
+
+void ServingLoop::stop(Status reason) {
+  stop_reason_ = std::move(reason);
+  stop_.store(true, std::memory_order_release);
+  channel_.close();
+  thread_.join();
+}
+
+Status ServingLoop::submit(Submission submission) {
+  num_open_.fetch_add(1, std::memory_order_acq_rel);
+  if (channel_.try_send(submission)) return Status();
+  num_open_.fetch_sub(1, std::memory_order_acq_rel);
+  if (stop_.load(std::memory_order_acquire)) return Status(StatusCode::kUnavailable, "the server is shutting down");
+  return Status(StatusCode::kResourceExhausted,
+                "the queue is full: " + std::to_string(config_.queue_max) + " requests (scheduler.queue_max)");
+}
+
+SchedulerStats ServingLoop::stats() const {
+  MutexLock lock(stats_mutex_);
+  return stats_;
+}
+
+void ServingLoop::run() {
+  while (!stop_.load(std::memory_order_acquire)) {
+    at_boundary();
+    if (scheduler_.idle()) {
+      if (auto submission = channel_.receive_for(kIdleWait)) admit(std::move(*submission));
+      continue;
+    }
+    step();
+    publish_stats();
+  }
+  while (auto submission = channel_.try_receive()) submission->stream->fail(stop_reason_);
+  for (auto& [id, active] : active_) {
+    active.stream->fail(stop_reason_);
+    num_open_.fetch_sub(1, std::memory_order_acq_rel);
+  }
+}
+
+// One interactive pass, then some layers of the bulk pass: neither starves the other.
+void ServingLoop::step() {
+  if (!bulk_.alive()) begin(PassKind::kBulk);
+  const bool ran = begin(PassKind::kInteractive);
+  if (ran) run_interactive();
+  if (bulk_.alive()) {
+    advance_bulk();
+  } else if (!ran) {
+    if (auto submission = channel_.receive_for(kBlockedWait)) admit(std::move(*submission));
+  }
+}
+
+bool ServingLoop::begin(PassKind kind) {
+  const auto sequences = scheduler_.schedule(kind, tracker_.model(), now_us());
+  if (sequences.empty()) return false;
+  for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(Pool::kHost, copy.from, copy.to);
+  const StepShape shape = scheduler_.shape(kind);
+  pass(kind) = engine_.begin(sequences, host_plan(shape, model_));
+  metrics_.add_iteration(shape.num_rows);
+  return true;
+}
+
+void ServingLoop::run_interactive() {
+  while (engine_.advance(interactive_)) at_boundary();
+  commit(PassKind::kInteractive);
+}
+
+void ServingLoop::advance_bulk() {
+  for (int32_t layer = 0; layer < config_.yield_layers; ++layer) {
+    const bool more = engine_.advance(bulk_);
+    at_boundary();
+    if (!more) return commit(PassKind::kBulk);
+  }
+}
+
+void ServingLoop::commit(PassKind kind) {
+  const StepShape shape = scheduler_.shape(kind);
+  const StepOutput output = engine_.finish(std::exchange(pass(kind), Pass()));
+  tracker_.observe(shape, output.times.total_us);
+  const int64_t now = now_us();
+  for (TokenEvent& event : scheduler_.commit(kind, output, now)) deliver(std::move(event), now);
+}
+
+void ServingLoop::at_boundary() {
+  heartbeat_us_.store(now_us(), std::memory_order_relaxed);
+  while (auto submission = channel_.try_receive()) admit(std::move(*submission));
+  apply_signals();
+}
+
+void ServingLoop::admit(Submission submission) {
+  const RequestSpec& spec = submission.request.spec();
+  Active active;
+  active.stream = std::move(submission.stream);
+  active.arrival_us = spec.arrival_us;
+  active.num_prompt = static_cast<int64_t>(spec.prompt.size());
+  active.open_choices = spec.n;
+  active.last_token_us.resize(spec.n);
+  active.ended.resize(spec.n);
+  const RequestId id = spec.id;
+  if (active.stream->cancelled()) {
+    num_open_.fetch_sub(1, std::memory_order_acq_rel);
+    return;
+  }
+  if (Status status = scheduler_.add(std::move(submission.request)); !status.ok()) {
+    active.stream->fail(std::move(status));
+    num_open_.fetch_sub(1, std::memory_order_acq_rel);
+    return;
+  }
+  active.stream->accept();
+  active_.emplace(id, std::move(active));
+}
+
+void ServingLoop::apply_signals() {
+  const uint64_t signals = signals_.load(std::memory_order_acquire);
+  if (signals == signals_seen_) return;
+  signals_seen_ = signals;
+  for (auto it = active_.begin(); it != active_.end();) {
+    const auto active = it++;
+    if (active->second.stream->cancelled()) {
+      cancel(active);
+      continue;
+    }
+    for (const int32_t choice : active->second.stream->take_ended_choices()) {
+      if (active->second.ended[choice]) continue;
+      leave(scheduler_.finish_choice(active->first, choice, FinishReason::kStop));
+      end_choice(active, choice, FinishReason::kStop, now_us());
+      if (!active_.contains(active->first)) break;
+    }
+  }
+}
+
+void ServingLoop::leave(const std::vector<LiveSequence>& live) {
+  for (const LiveSequence& sequence : live) {
+    engine_.drop(pass(sequence.pass), sequence.id);
+    scheduler_.dropped(sequence.id);
+  }
+}
+
+void ServingLoop::cancel(ActiveMap::iterator active) {
+  leave(scheduler_.finish(active->first, FinishReason::kCancelled));
+  metrics_.finish_request(FinishReason::kCancelled, 0.0, 0.0, 0);
+  num_open_.fetch_sub(1, std::memory_order_acq_rel);
+  active_.erase(active);
+}
+
+void ServingLoop::deliver(TokenEvent event, int64_t now) {
+  const auto found = active_.find(event.request);
+  if (found == active_.end()) return;
+  Active& active = found->second;
+  const int32_t choice = event.choice;
+  const FinishReason finish = event.finish;
+  if (active.first_token_us == 0) {
+    active.first_token_us = now;
+    metrics_.add_prompt(active.num_prompt);
+    metrics_.observe_first_token(seconds(now - active.arrival_us));
+  }
+  if (event.has_token) {
+    ++active.num_generated;
+    metrics_.add_generated_token();
+    int64_t& last = active.last_token_us[choice];
+    if (last != 0) metrics_.observe_inter_token(seconds(now - last));
+    last = now;
+  }
+  if (!active.stream->deliver(std::move(event))) {
+    spdlog::warn("request {}: the client reads too slowly, dropped", found->first);
+    active.stream->fail(Status(StatusCode::kResourceExhausted, "the client reads too slowly"));
+    cancel(found);
+    return;
+  }
+  if (finish != FinishReason::kNone) end_choice(found, choice, finish, now);
+}
+
+void ServingLoop::end_choice(ActiveMap::iterator found, int32_t choice, FinishReason reason, int64_t now) {
+  Active& active = found->second;
+  if (active.ended[choice]) return;
+  active.ended[choice] = true;
+  if (--active.open_choices > 0) return;
+  metrics_.finish_request(reason, seconds(now - active.arrival_us), seconds(now - active.first_token_us),
+                          active.num_generated);
+  num_open_.fetch_sub(1, std::memory_order_acq_rel);
+  active_.erase(found);
+}
+
+void ServingLoop::publish_stats() {
+  const SchedulerStats stats = scheduler_.stats();
+  metrics_.set_scheduler(stats);
+  MutexLock lock(stats_mutex_);
+  stats_ = stats;
+}
+
+}  // namespace moed

@@ -1,0 +1,308 @@
+#include "server/validate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <utility>
+
+namespace moed {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+constexpr int32_t kCompletionTokens = 16;  // OpenAI's default of /v1/completions
+
+std::string in_message(size_t index, const char* field) {
+  return "messages[" + std::to_string(index) + "]" + (*field != '\0' ? "." : "") + field;
+}
+
+// The text parts of a message's content, joined as vLLM joins them.
+StatusOr<std::string> join_parts(const Json& parts, size_t index) {
+  std::string joined;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const std::string param = in_message(index, "content") + "[" + std::to_string(i) + "]";
+    const Json& part = parts[i];
+    if (!part.is_object() || !part.contains("type") || !part["type"].is_string()) {
+      return invalid_argument(param + " must be an object with a type", param);
+    }
+    if (part["type"] != "text") return invalid_argument(param + ": only parts of type \"text\" are supported", param);
+    if (!part.contains("text") || !part["text"].is_string()) {
+      return invalid_argument(param + ".text must be a string", param + ".text");
+    }
+    if (i > 0) joined += "\n";
+    joined += part["text"].get<std::string>();
+  }
+  return joined;
+}
+
+Status check_message(Json& message, size_t index, const ChatTemplate& chat_template) {
+  if (!message.is_object()) return invalid_argument(in_message(index, "") + " must be an object", in_message(index, ""));
+  if (!message.contains("role") || !message["role"].is_string()) {
+    return invalid_argument(in_message(index, "role") + " must be a string", in_message(index, "role"));
+  }
+  if (message["role"] == "developer" && !chat_template.knows_developer_role()) message["role"] = "system";
+  const bool may_lack_content = message["role"] == "assistant";
+  if (!message.contains("content") || message["content"].is_null()) {
+    if (!may_lack_content) {
+      return invalid_argument(in_message(index, "content") + " is missing", in_message(index, "content"));
+    }
+    message["content"] = nullptr;
+    return Status();
+  }
+  Json& content = message["content"];
+  if (content.is_string()) return Status();
+  if (!content.is_array()) {
+    return invalid_argument(in_message(index, "content") + " must be a string or an array of parts",
+                            in_message(index, "content"));
+  }
+  MOED_ASSIGN_OR_RETURN(std::string joined, join_parts(content, index));
+  if (!chat_template.takes_content_lists()) content = std::move(joined);
+  return Status();
+}
+
+Status check_range(const char* field, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return Status();
+  return invalid_argument(std::string(field) + " must be between " + std::to_string(low) + " and " +
+                              std::to_string(high) + ", not " + std::to_string(value),
+                          field);
+}
+
+// Requests without a seed draw one; those with one may give any 64-bit number.
+uint64_t fresh_seed() {
+  thread_local std::mt19937_64 generator{std::random_device{}()};
+  return generator();
+}
+
+Status fill_sampling(const GenerationParams& params, const ValidationContext& context, SamplingParams& sampling) {
+  const GenerationDefaults& defaults = context.defaults;
+  sampling.temperature = static_cast<float>(params.temperature.value_or(defaults.temperature));
+  sampling.top_p = static_cast<float>(params.top_p.value_or(defaults.top_p));
+  sampling.min_p = static_cast<float>(params.min_p.value_or(defaults.min_p));
+  sampling.presence_penalty = static_cast<float>(params.presence_penalty.value_or(0.0));
+  sampling.frequency_penalty = static_cast<float>(params.frequency_penalty.value_or(0.0));
+  sampling.repetition_penalty = static_cast<float>(params.repetition_penalty.value_or(defaults.repetition_penalty));
+  const int64_t top_k = params.top_k.value_or(defaults.top_k);
+  MOED_RETURN_IF_ERROR(check_range("top_k", top_k, -1, kInt32Max));
+  sampling.top_k = top_k < 0 ? 0 : static_cast<int32_t>(top_k);
+  const int64_t min_tokens = params.min_tokens.value_or(0);
+  MOED_RETURN_IF_ERROR(check_range("min_tokens", min_tokens, 0, kInt32Max));
+  sampling.min_tokens = static_cast<int32_t>(min_tokens);
+  sampling.seed = params.seed.has_value() ? static_cast<uint64_t>(*params.seed) : fresh_seed();
+  for (const auto& [token, bias] : params.logit_bias) {
+    MOED_RETURN_IF_ERROR(check_range("logit_bias", token, 0, context.vocab_size - 1));
+    sampling.logit_bias.emplace_back(static_cast<int32_t>(token), static_cast<float>(bias));
+  }
+  if (params.allowed_token_ids.has_value()) {
+    if (params.allowed_token_ids->empty()) {
+      return invalid_argument("allowed_token_ids must not be empty", "allowed_token_ids");
+    }
+    for (const int64_t token : *params.allowed_token_ids) {
+      MOED_RETURN_IF_ERROR(check_range("allowed_token_ids", token, 0, context.vocab_size - 1));
+      sampling.allowed_token_ids.push_back(static_cast<int32_t>(token));
+    }
+  }
+  const int64_t logprobs = params.logprobs.value_or(-1);
+  const int64_t prompt_logprobs = params.prompt_logprobs.value_or(-1);
+  const char* logprobs_field = params.chat ? "top_logprobs" : "logprobs";
+  MOED_RETURN_IF_ERROR(check_range(logprobs_field, logprobs, -1, context.limits.top_logprobs_max));
+  MOED_RETURN_IF_ERROR(check_range("prompt_logprobs", prompt_logprobs, -1, context.limits.top_logprobs_max));
+  sampling.num_logprobs = static_cast<int32_t>(std::max(logprobs, prompt_logprobs));
+  return Status();
+}
+
+Status check_stops(const GenerationParams& params, const Settings::Limits& limits) {
+  if (static_cast<int64_t>(params.stop.size()) > limits.stop_max) {
+    return invalid_argument("stop holds " + std::to_string(params.stop.size()) + " strings, the limit is " +
+                                std::to_string(limits.stop_max) + " (limits.stop_max)",
+                            "stop");
+  }
+  for (const std::string& stop : params.stop) {
+    if (stop.empty()) return invalid_argument("stop must not hold an empty string", "stop");
+    if (static_cast<int64_t>(stop.size()) > limits.stop_bytes_max) {
+      return invalid_argument("a stop string of " + std::to_string(stop.size()) + " bytes, the limit is " +
+                                  std::to_string(limits.stop_bytes_max) + " (limits.stop_bytes_max)",
+                              "stop");
+    }
+  }
+  return Status();
+}
+
+Status context_overflow(int64_t prompt_tokens, int64_t new_tokens, int32_t max_model_len, const char* field) {
+  return Status(StatusCode::kInvalidArgument,
+                "This model's maximum context length is " + std::to_string(max_model_len) +
+                    " tokens. However, you requested " + std::to_string(prompt_tokens + new_tokens) + " tokens (" +
+                    std::to_string(prompt_tokens) + " in the prompt, " + std::to_string(new_tokens) +
+                    " to generate). Please shorten the prompt or reduce max_tokens.",
+                field, "context_length_exceeded");
+}
+
+StatusOr<std::vector<int32_t>> encode_text(const std::string& text, bool add_special, const char* field,
+                                           const ValidationContext& context) {
+  const int64_t longest = std::max(1, context.tokenizer->longest_token_bytes());
+  if (static_cast<int64_t>(text.size()) / longest > context.max_model_len) {
+    return context_overflow(static_cast<int64_t>(text.size()) / longest, 0, context.max_model_len, field);
+  }
+  return context.tokenizer->encode(text, add_special);
+}
+
+StatusOr<std::vector<int32_t>> check_ids(const std::vector<int64_t>& ids, const ValidationContext& context) {
+  std::vector<int32_t> tokens;
+  tokens.reserve(ids.size());
+  for (const int64_t id : ids) {
+    MOED_RETURN_IF_ERROR(check_range("prompt", id, 0, context.vocab_size - 1));
+    tokens.push_back(static_cast<int32_t>(id));
+  }
+  return tokens;
+}
+
+struct TokenizedPrompt {
+  std::vector<int32_t> tokens;
+  std::string text;
+};
+
+StatusOr<std::vector<TokenizedPrompt>> chat_prompt(const GenerationParams& params, const ValidationContext& context) {
+  if (context.chat_template == nullptr) {
+    return invalid_argument("this checkpoint has no chat template; use /v1/completions", "messages");
+  }
+  ChatTemplateOptions options;
+  options.add_generation_prompt = params.add_generation_prompt;
+  options.continue_final_message = params.continue_final_message;
+  options.kwargs_json = params.template_kwargs_json;
+  if (options.continue_final_message && options.add_generation_prompt) {
+    return invalid_argument("continue_final_message and add_generation_prompt exclude each other",
+                            "continue_final_message");
+  }
+  TokenizedPrompt prompt;
+  MOED_ASSIGN_OR_RETURN(prompt.text, render_chat(params.messages_json, options, *context.chat_template));
+  MOED_ASSIGN_OR_RETURN(prompt.tokens,
+                        encode_text(prompt.text, params.add_special_tokens.value_or(false), "messages", context));
+  return std::vector<TokenizedPrompt>{std::move(prompt)};
+}
+
+StatusOr<std::vector<TokenizedPrompt>> completion_prompts(const GenerationParams& params,
+                                                          const ValidationContext& context) {
+  if (params.prompts.empty()) return invalid_argument("prompt must not be empty", "prompt");
+  if (static_cast<int64_t>(params.prompts.size()) > context.limits.prompts_max) {
+    return invalid_argument("prompt holds " + std::to_string(params.prompts.size()) + " prompts, the limit is " +
+                                std::to_string(context.limits.prompts_max) + " (limits.prompts_max)",
+                            "prompt");
+  }
+  std::vector<TokenizedPrompt> prompts;
+  for (const PromptInput& input : params.prompts) {
+    TokenizedPrompt prompt;
+    if (input.is_ids) {
+      MOED_ASSIGN_OR_RETURN(prompt.tokens, check_ids(input.ids, context));
+      if (params.echo) {
+        MOED_ASSIGN_OR_RETURN(prompt.text, context.tokenizer->decode(prompt.tokens, params.skip_special_tokens));
+      }
+    } else {
+      prompt.text = input.text;
+      MOED_ASSIGN_OR_RETURN(prompt.tokens,
+                            encode_text(input.text, params.add_special_tokens.value_or(true), "prompt", context));
+    }
+    prompts.push_back(std::move(prompt));
+  }
+  return prompts;
+}
+
+// How many tokens to generate: what was asked for, if it fits; else the door's default within what is left.
+StatusOr<int32_t> new_tokens(const GenerationParams& params, int64_t num_prompt, const ValidationContext& context) {
+  const char* prompt_field = params.chat ? "messages" : "prompt";
+  const int64_t most = context.limits.new_tokens_max > 0 ? context.limits.new_tokens_max : context.max_model_len;
+  const int64_t rest = context.max_model_len - num_prompt;
+  if (params.max_tokens.has_value()) {
+    const bool prompt_alone = params.echo || params.prompt_logprobs.has_value();
+    MOED_RETURN_IF_ERROR(check_range("max_tokens", *params.max_tokens, prompt_alone ? 0 : 1, kInt32Max));
+    if (*params.max_tokens > rest) {
+      return context_overflow(num_prompt, *params.max_tokens, context.max_model_len,
+                              rest <= 0 ? prompt_field : "max_tokens");
+    }
+    MOED_RETURN_IF_ERROR(check_range("max_tokens", *params.max_tokens, 0, most));
+    return static_cast<int32_t>(*params.max_tokens);
+  }
+  if (rest <= 0) return context_overflow(num_prompt, 1, context.max_model_len, prompt_field);
+  return static_cast<int32_t>(std::min({rest, most, params.chat ? rest : int64_t{kCompletionTokens}}));
+}
+
+Status truncate(const GenerationParams& params, const ValidationContext& context, std::vector<int32_t>& tokens) {
+  if (!params.truncate_prompt_tokens.has_value()) return Status();
+  const int64_t keep = *params.truncate_prompt_tokens;
+  MOED_RETURN_IF_ERROR(check_range("truncate_prompt_tokens", keep, -1, context.max_model_len));
+  const int64_t limit = keep == -1 ? context.max_model_len : keep;
+  if (limit == 0) return invalid_argument("truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens");
+  const auto size = static_cast<int64_t>(tokens.size());
+  if (size > limit) tokens.erase(tokens.begin(), tokens.begin() + (size - limit));
+  return Status();
+}
+
+}  // namespace
+
+StatusOr<std::string> render_chat(const std::string& messages_json, const ChatTemplateOptions& options,
+                                  const ChatTemplate& chat_template) {
+  Json messages = Json::parse(messages_json, nullptr, /*allow_exceptions=*/false);
+  if (!messages.is_array() || messages.empty()) {
+    return invalid_argument("messages must be an array that is not empty", "messages");
+  }
+  for (size_t i = 0; i < messages.size(); ++i) MOED_RETURN_IF_ERROR(check_message(messages[i], i, chat_template));
+  return chat_template.render(messages.dump(-1, ' ', false, Json::error_handler_t::replace), options);
+}
+
+RequestLimits request_limits(const ValidationContext& context) {
+  RequestLimits limits;
+  limits.vocab_size = context.vocab_size;
+  limits.max_model_len = context.max_model_len;
+  limits.n_max = static_cast<int32_t>(context.limits.n_max);
+  limits.new_tokens_max =
+      context.limits.new_tokens_max > 0 ? static_cast<int32_t>(context.limits.new_tokens_max) : context.max_model_len;
+  limits.logprobs_max = static_cast<int32_t>(context.limits.top_logprobs_max);
+  limits.logit_bias_max = static_cast<int32_t>(context.limits.logit_bias_max);
+  return limits;
+}
+
+StatusOr<ValidGeneration> validate(const GenerationParams& params, const ValidationContext& context) {
+  RequestSpec common;
+  MOED_RETURN_IF_ERROR(check_range("n", params.n, 1, context.limits.n_max));
+  common.n = static_cast<int32_t>(params.n);
+  MOED_RETURN_IF_ERROR(check_range("priority", params.priority, -kInt32Max, kInt32Max));
+  common.priority = static_cast<int32_t>(params.priority);
+  MOED_RETURN_IF_ERROR(fill_sampling(params, context, common.sampling));
+  MOED_RETURN_IF_ERROR(check_stops(params, context.limits));
+  for (const int64_t token : params.stop_token_ids) {
+    MOED_RETURN_IF_ERROR(check_range("stop_token_ids", token, 0, context.vocab_size - 1));
+    common.stop_token_ids.push_back(static_cast<int32_t>(token));
+  }
+  common.eos_token_ids = context.eos_token_ids;
+  common.ignore_eos = params.ignore_eos;
+
+  ValidGeneration valid;
+  valid.echo = params.echo;
+  valid.prompt_scores = params.prompt_logprobs.has_value() || (params.echo && params.logprobs.has_value());
+  valid.text = {params.stop, params.include_stop_str_in_output, params.skip_special_tokens, common.sampling.min_tokens,
+                params.logprobs.has_value()};
+  common.prompt_logprobs = valid.prompt_scores;
+
+  MOED_ASSIGN_OR_RETURN(auto prompts, params.chat ? chat_prompt(params, context) : completion_prompts(params, context));
+  for (TokenizedPrompt& prompt : prompts) {
+    MOED_RETURN_IF_ERROR(truncate(params, context, prompt.tokens));
+    if (prompt.tokens.empty()) {
+      return invalid_argument("the prompt has no tokens", params.chat ? "messages" : "prompt");
+    }
+    RequestSpec spec = common;
+    MOED_ASSIGN_OR_RETURN(spec.max_tokens, new_tokens(params, static_cast<int64_t>(prompt.tokens.size()), context));
+    spec.prompt = std::move(prompt.tokens);
+    const int64_t limit = context.limits.prompt_tokens_max;
+    if (limit > 0 && static_cast<int64_t>(spec.prompt.size()) > limit) {
+      return invalid_argument("the prompt has " + std::to_string(spec.prompt.size()) + " tokens, the limit is " +
+                                  std::to_string(limit) + " (limits.prompt_tokens_max)",
+                              params.chat ? "messages" : "prompt");
+    }
+    valid.requests.push_back(std::move(spec));
+    valid.prompt_texts.push_back(params.echo ? std::move(prompt.text) : std::string());
+  }
+  return valid;
+}
+
+}  // namespace moed
