@@ -20,6 +20,8 @@ class TensorSource {
   // Null when there is no such tensor; else its shape.
   virtual const std::vector<int64_t>* shape(std::string_view name) const = 0;
   virtual std::vector<std::string> names() const = 0;
+  // OK when there is such a tensor, it has this shape, and read() can convert it. Errors: kInvalidArgument naming tensor, found, wanted.
+  virtual Status check(std::string_view name, std::span<const int64_t> wanted) const;
   // The whole tensor as bf16 (f16 and f32 are rounded to nearest even). out.size() must equal its number of elements.
   virtual Status read(std::string_view name, std::span<Bf16> out) const = 0;
   // The same as fp32, without rounding.

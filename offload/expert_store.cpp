@@ -1,0 +1,58 @@
+#include "offload/expert_store.h"
+
+#include <utility>
+
+#include "model/load_tensors.h"
+#include "model/required_tensors.h"
+
+namespace moed {
+namespace {
+
+// Blobs begin on cache lines.
+int64_t stride_bytes(const BlobShape& shape) {
+  constexpr int64_t kAlignBytes = 64;
+  return (shape.bytes() + kAlignBytes - 1) / kAlignBytes * kAlignBytes;
+}
+
+void add_loads(const Model& model, ExpertId id, std::byte* blob, std::vector<TensorLoad>* loads) {
+  const TensorNames& names = model.names;
+  const int64_t elements = int64_t{model.config.hidden_size} * model.config.moe.intermediate_size;
+  Bf16* target = reinterpret_cast<Bf16*>(blob);
+  for (const std::string* name : {&names.expert_gate, &names.expert_up, &names.expert_down}) {
+    loads->push_back({.name = tensor_name(*name, id.layer, id.expert), .elements = elements, .bf16 = target});
+    target += elements;
+  }
+}
+
+}  // namespace
+
+StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& source,
+                                        const std::function<void(int64_t)>& progress) {
+  const ModelConfig& config = model.config;
+  ExpertStore store;
+  store.shape_ = {.hidden = config.hidden_size, .intermediate = config.moe.intermediate_size};
+  store.num_experts_ = config.moe.num_experts;
+  int32_t num_moe_layers = 0;
+  for (const LayerKind kind : config.layers)
+    store.moe_index_.push_back(kind == LayerKind::kMoe ? num_moe_layers++ : -1);
+  const int64_t stride = stride_bytes(store.shape_);
+  MOED_ASSIGN_OR_RETURN(store.arena_, HugePages::allocate(stride * num_moe_layers * store.num_experts_));
+  std::vector<TensorLoad> loads;
+  std::byte* blob = store.arena_.data();
+  for (ExpertId id; id.layer < config.num_layers; ++id.layer) {
+    if (config.layers[id.layer] != LayerKind::kMoe) continue;
+    for (id.expert = 0; id.expert < store.num_experts_; ++id.expert, blob += stride) add_loads(model, id, blob, &loads);
+  }
+  MOED_RETURN_IF_ERROR(load_tensors(source, loads, progress));
+  return store;
+}
+
+BlobView ExpertStore::blob(ExpertId id) const {
+  MOED_CHECK(id.layer >= 0 && id.layer < static_cast<int32_t>(moe_index_.size()) && moe_index_[id.layer] >= 0 &&
+             id.expert >= 0 && id.expert < num_experts_)
+      << "layer " << id.layer << ", expert " << id.expert;
+  const int64_t index = int64_t{moe_index_[id.layer]} * num_experts_ + id.expert;
+  return {arena_.data() + index * stride_bytes(shape_), shape_};
+}
+
+}  // namespace moed
