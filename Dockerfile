@@ -16,7 +16,7 @@ RUN cmake --preset release -DBUILD_TESTING=OFF --log-level=WARNING \
 FROM ${BASE}
 COPY tools/install_deps.sh /tmp/tools/
 RUN /tmp/tools/install_deps.sh runtime && rm -rf /tmp/tools /tmp/build /var/lib/apt/lists/* \
- && useradd --system --uid 10001 --no-create-home --shell /usr/sbin/nologin moed
+ && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moed
 COPY --from=build /moed /usr/local/bin/moed
 USER 10001
 VOLUME /models

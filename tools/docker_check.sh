@@ -55,7 +55,7 @@ mkdir -p "$work"
 say "building the image"
 [ -d "$model" ] || .venv/bin/python tools/make_demo.py --out "$model"
 make_base
-buildah bud --format docker --build-arg "BASE=$base" -t "$image" . >"$work/build.log" 2>&1 ||
+buildah bud --layers --format docker --build-arg "BASE=$base" -t "$image" . >"$work/build.log" 2>&1 ||
   { tail -n 30 "$work/build.log" >&2; fail "the image does not build, see $work/build.log"; }
 mapfile -t entrypoint < <(image_words Entrypoint)
 mapfile -t command < <(image_words Cmd)
