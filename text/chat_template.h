@@ -54,7 +54,7 @@ class ChatTemplate {
 
  private:
   ChatTemplate() = default;
-  void detect_abilities();
+  Status detect_abilities();
 
   MoedChatTemplate* handle_ = nullptr;
   std::string origin_;

@@ -28,8 +28,8 @@ class Tokenizer {
   // special tokens spelled out in `text` are recognised either way.
   StatusOr<std::vector<int32_t>> encode(std::string_view text, bool add_special_tokens) const;
 
-  // The text of `ids` as Hugging Face decodes it: bytes that are not UTF-8 become U+FFFD. Ids that name no token (a
-  // model's padded rows) add nothing, as there; an id outside [0, 2^31) or above every row a model can have is an error.
+  // The text of `ids` as Hugging Face decodes it: bytes that are not UTF-8 become U+FFFD. An id outside [0, vocab_size)
+  // is kInvalidArgument.
   StatusOr<std::string> decode(std::span<const int32_t> ids, bool skip_special_tokens) const;
 
   std::optional<int32_t> token_to_id(std::string_view token) const;
@@ -70,13 +70,13 @@ class Detokenizer {
   // the start of a word need them to tell whether the answer's first word begins with one.
   Detokenizer(const Tokenizer& tokenizer, bool skip_special_tokens, std::span<const int32_t> prompt_tail);
 
+  // Ids that name no token (the padded rows of a model) add nothing; a negative one is kInvalidArgument.
   // The text that became certain with `token`; often empty, since a character may take several tokens.
   StatusOr<std::string> push(int32_t token);
   // What is left at the end of the answer; a broken tail becomes U+FFFD. After it, only push() of a new answer's tokens.
   StatusOr<std::string> flush();
 
  private:
-  StatusOr<std::string> push_window(int32_t token);
   StatusOr<std::string> window_text(bool force);
 
   const Tokenizer& tokenizer_;
