@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "engine/running_pass.h"
+#include "engine/sampler.h"
+#include "model/weights.h"
+
+namespace moed {
+
+// Final norm and head of the rows that need logits, some rows at a time so that memory stays bounded, and what is chosen from them: the next
+// token of each sequence that samples, and scores of prompt tokens. Serving thread only.
+class Head {
+ public:
+  // Rows whose logits stand in memory at once.
+  static constexpr int32_t kRowsMax = 64;
+  // Errors: kResourceExhausted with the bytes asked for.
+  static StatusOr<Head> make(const ModelConfig& model, const DenseWeights& weights, int32_t rows_max, Device& device,
+                             Stream& stream);
+  // What make() takes.
+  static int64_t bytes(const ModelConfig& model, int32_t rows_max);
+
+  // REQUIRES: all layers have run.
+  std::vector<SequenceOutput> run(RunningPass& pass);
+
+ private:
+  // A row whose logits are needed: for the token that follows (score_of < 0) or to score that token.
+  struct Task {
+    int32_t row = 0;  // in the pass's buffers
+    size_t output = 0;
+    const StepSequence* sequence = nullptr;
+    int32_t score_of = -1;
+  };
+
+  Head() = default;
+  void plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs);
+  void compute(const RunningPass& pass, std::span<const Task> tasks);
+  void choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs);
+
+  const ModelConfig* model_ = nullptr;
+  const DenseWeights* weights_ = nullptr;
+  Ops* ops_ = nullptr;
+  Stream* stream_ = nullptr;
+  std::unique_ptr<Event> done_;
+  Buffer rows_memory_;    // [kRowsMax] row indices, mapped
+  Buffer normed_memory_;  // [kRowsMax, hidden] bf16
+  Buffer logits_memory_;  // [kRowsMax, vocab] fp32, mapped
+  int32_t rows_max_ = 0;
+  int32_t pass_rows_max_ = 0;
+  std::vector<Task> tasks_;
+  SamplerScratch scratch_;
+};
+
+}  // namespace moed

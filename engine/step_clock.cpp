@@ -1,0 +1,42 @@
+#include "engine/step_clock.h"
+
+#include "base/check.h"
+
+namespace moed {
+
+void StepClock::mark(Lane lane) {
+  if (marks_.size() == events_.size()) events_.push_back(device_->make_event());
+  Event* event = events_[marks_.size()].get();
+  stream_->record(*event);
+  marks_.push_back({event, lane});
+}
+
+StepTimes StepClock::times() {
+  StepTimes times;
+  if (marks_.empty()) return times;
+  const Status joined = marks_.back().event->join();
+  MOED_CHECK(joined.ok()) << joined.message();
+  for (size_t i = 1; i < marks_.size(); ++i) {
+    const double us = marks_[i].event->us_since(*marks_[i - 1].event);
+    switch (marks_[i].lane) {
+      case Lane::kIdle:
+        continue;
+      case Lane::kAttention:
+        times.attention_us += us;
+        break;
+      case Lane::kExperts:
+        times.experts_us += us;
+        break;
+      case Lane::kDense:
+        times.dense_us += us;
+        break;
+      case Lane::kSample:
+        times.sample_us += us;
+        break;
+    }
+    times.total_us += us;
+  }
+  return times;
+}
+
+}  // namespace moed
