@@ -26,8 +26,8 @@ class Pass {
   std::unique_ptr<PassState> state_;
 };
 
-// Runs passes. At most two are alive: an interactive one, which runs through, and a bulk one, which may rest at any layer
-// boundary while another runs. Serving thread only. Device failures end the process (MOED_CHECK).
+// Runs passes. At most two are alive: an interactive one, which runs through, and a bulk one, which may rest at any
+// layer boundary while another runs. Serving thread only. Device failures end the process (MOED_CHECK).
 class Engine {
  public:
   virtual ~Engine() = default;

@@ -9,8 +9,8 @@
 
 namespace moed {
 
-// Final norm and head of the rows that need logits, some rows at a time so that memory stays bounded, and what is chosen from them: the next
-// token of each sequence that samples, and scores of prompt tokens. Serving thread only.
+// Final norm and head of the rows that need logits, some rows at a time so that memory stays bounded, and what is
+// chosen from them: the next token of each sequence that samples, and scores of prompt tokens. Serving thread only.
 class Head {
  public:
   // Rows whose logits stand in memory at once.

@@ -32,8 +32,7 @@ class HybridEngine : public Engine {
     MOED_ASSIGN_OR_RETURN(Head head, Head::make(model_, weights, config_.rows_max, device, *stream_));
     head_ = std::make_unique<Head>(std::move(head));
     MOED_RETURN_IF_ERROR(fill_rope(device));
-    pipeline_ =
-        std::make_unique<Pipeline>(model_, weights, experts, *kv_, rope_.as<float>(), device, *stream_);
+    pipeline_ = std::make_unique<Pipeline>(model_, weights, experts, *kv_, rope_.as<float>(), device, *stream_);
     return {};
   }
 
@@ -121,8 +120,9 @@ class HybridEngine : public Engine {
 
 Status check(const ModelConfig& model, const EngineConfig& config) {
   const auto positive = [](int64_t value, const char* name) {
-    return value >= 1 ? Status() : invalid_argument(std::string(name) + " is " + std::to_string(value) +
-                                                    "; it must be at least 1");
+    return value >= 1
+               ? Status()
+               : invalid_argument(std::string(name) + " is " + std::to_string(value) + "; it must be at least 1");
   };
   MOED_RETURN_IF_ERROR(positive(config.rows_max, "rows_max"));
   MOED_RETURN_IF_ERROR(positive(config.sequences_max, "sequences_max"));
@@ -138,8 +138,8 @@ Status check(const ModelConfig& model, const EngineConfig& config) {
 
 }  // namespace
 
-StatusOr<std::unique_ptr<Engine>> make_engine(const Model& model, const DenseWeights& weights, const ExpertStore& experts,
-                                              Device& device, const EngineConfig& config) {
+StatusOr<std::unique_ptr<Engine>> make_engine(const Model& model, const DenseWeights& weights,
+                                              const ExpertStore& experts, Device& device, const EngineConfig& config) {
   MOED_RETURN_IF_ERROR(check(model.config, config));
   auto engine = std::make_unique<HybridEngine>(model.config, config, device);
   MOED_RETURN_IF_ERROR(engine->prepare(weights, experts, device));

@@ -17,12 +17,13 @@ struct EngineConfig {
   int32_t block_tokens = 16;
 };
 
-// The engine that runs the model. All memory is taken here: two passes' activations, the KV pool, tables. model, weights and experts must
-// outlive it. Errors: kResourceExhausted with the bytes asked for.
-StatusOr<std::unique_ptr<Engine>> make_engine(const Model& model, const DenseWeights& weights, const ExpertStore& experts,
-                                              Device& device, const EngineConfig& config);
+// The engine that runs the model. All memory is taken here: two passes' activations, the KV pool, tables. model,
+// weights and experts must outlive it. Errors: kResourceExhausted with the bytes asked for.
+StatusOr<std::unique_ptr<Engine>> make_engine(const Model& model, const DenseWeights& weights,
+                                              const ExpertStore& experts, Device& device, const EngineConfig& config);
 
-// Bytes of activations and tables that make_engine() takes for both passes; memory_budget's activation_bytes is at least this.
+// Bytes of activations and tables that make_engine() takes for both passes; memory_budget's activation_bytes is at
+// least this.
 int64_t engine_activation_bytes(const ModelConfig& model, const EngineConfig& config);
 
 }  // namespace moed

@@ -16,7 +16,8 @@ StatusOr<KvPool> KvPool::make(const ModelConfig& model, int64_t num_blocks, int3
     return invalid_argument("kv_blocks is " + std::to_string(num_blocks) + "; it must be between 1 and " +
                             std::to_string(std::numeric_limits<int32_t>::max()));
   }
-  if (block_tokens < 1) return invalid_argument("block_tokens is " + std::to_string(block_tokens) + "; it must be positive");
+  if (block_tokens < 1)
+    return invalid_argument("block_tokens is " + std::to_string(block_tokens) + "; it must be positive");
   KvPool pool;
   pool.num_blocks_ = num_blocks;
   pool.block_tokens_ = block_tokens;
@@ -49,8 +50,7 @@ void KvPool::copy_block(int32_t from, int32_t to) {
   if (from == to) return;
   for (int32_t index = 0; index < num_layers_; ++index) {
     const KvLayer view = layer(index);
-    std::memcpy(view.base + to * block_elements_, view.base + from * block_elements_,
-                block_elements_ * sizeof(Bf16));
+    std::memcpy(view.base + to * block_elements_, view.base + from * block_elements_, block_elements_ * sizeof(Bf16));
   }
 }
 

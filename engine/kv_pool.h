@@ -9,8 +9,8 @@
 
 namespace moed {
 
-// The paged bf16 KV of one pool, all layers: layer by layer, then block by block, K before V. Knows no sequences: who holds which block is the
-// scheduler's. Lies in host memory. Serving thread only.
+// The paged bf16 KV of one pool, all layers: layer by layer, then block by block, K before V. Knows no sequences: who
+// holds which block is the scheduler's. Lies in host memory. Serving thread only.
 class KvPool {
  public:
   // Every page is touched here, so that a daemon that came up cannot run out of memory later.

@@ -55,7 +55,8 @@ float exp_negative(float x) {
   constexpr float kLog2E = 1.44269504F;
   constexpr float kLn2High = 0.693359375F;
   constexpr float kLn2Low = -2.12194440e-4F;
-  constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits
+  constexpr float kRound =
+      12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits
   const float clamped = x < -87.0F ? -87.0F : x;
   const float shifted = clamped * kLog2E + kRound;
   const float n = shifted - kRound;
@@ -101,7 +102,8 @@ double sum_weights(std::span<const float> logits, float peak, float inverse_temp
   return total;
 }
 
-// Keeps up to two times `count` candidates above a floor; when they are that many, the worse half goes and the floor rises.
+// Keeps up to two times `count` candidates above a floor; when they are that many, the worse half goes and the floor
+// rises.
 void top_logits(std::span<const float> logits, int32_t count, std::vector<Candidate>& best) {
   const auto size = static_cast<int32_t>(logits.size());
   const auto wanted = static_cast<size_t>(std::clamp(count, 0, size));

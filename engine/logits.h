@@ -6,11 +6,11 @@
 
 namespace moed {
 
-// Pure arithmetic on one row of logits, [vocab] fp32, written so that compilers vectorise it on any CPU. Entries of -infinity are tokens that
-// cannot be chosen.
+// Pure arithmetic on one row of logits, [vocab] fp32, written so that compilers vectorise it on any CPU. Entries of
+// -infinity are tokens that cannot be chosen.
 
 struct LogitsPeak {
-  int32_t token = 0;     // of the largest logit, the lowest on ties
+  int32_t token = 0;  // of the largest logit, the lowest on ties
   float logit = 0.0F;
   bool has_nan = false;
 };
@@ -19,8 +19,8 @@ LogitsPeak logits_peak(std::span<const float> logits);
 // exp(x) for x <= 0 within 2e-7 relative; 0 below -87.
 float exp_negative(float x);
 
-// Sums exp((logit - peak) * inverse_temperature) over each run of kSumBlock tokens, leaving out addends below `weight_min`; sums[b] is of tokens
-// [b * kSumBlock, ...). Returns their total. REQUIRES: peak is the largest logit.
+// Sums exp((logit - peak) * inverse_temperature) over each run of kSumBlock tokens, leaving out addends below
+// `weight_min`; sums[b] is of tokens [b * kSumBlock, ...). Returns their total. REQUIRES: peak is the largest logit.
 inline constexpr int32_t kSumBlock = 256;
 double sum_weights(std::span<const float> logits, float peak, float inverse_temperature, float weight_min,
                    std::vector<double>& sums);

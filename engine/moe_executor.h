@@ -13,9 +13,10 @@
 
 namespace moed {
 
-// Runs the FFN of a layer on some rows: routes them, groups their (row, choice) pairs by expert, runs each expert once for all its rows, and adds
-// the outputs up in the order of choices, so that it does not matter which expert was done first. Dense FFNs and the shared expert are experts
-// that every row chose. Serving thread only; allocates at construction alone.
+// Runs the FFN of a layer on some rows: routes them, groups their (row, choice) pairs by expert, runs each expert once
+// for all its rows, and adds the outputs up in the order of choices, so that it does not matter which expert was done
+// first. Dense FFNs and the shared expert are experts that every row chose. Serving thread only; allocates at
+// construction alone.
 class MoeExecutor {
  public:
   MoeExecutor(const ModelConfig& model, const DenseWeights& weights, const ExpertStore& experts, Device& device,

@@ -56,7 +56,8 @@ void Pipeline::before_attention(int32_t layer, const RowViews& rows) {
   const AttentionConfig& attention = model_.attention;
   const auto num_rows = static_cast<size_t>(rows.residual.rows);
   ops_.rms_norm(rows.residual, {}, weights.attention_norm, model_.rms_norm_eps, rows.normed, stream_);
-  ops_.linear(rows.normed, {weights.qkv, weights.qkv_bias, model_.hidden_size, rows.qkv.cols}, false, rows.qkv, stream_);
+  ops_.linear(rows.normed, {weights.qkv, weights.qkv_bias, model_.hidden_size, rows.qkv.cols}, false, rows.qkv,
+              stream_);
   RopeAppend args;
   args.qkv = rows.qkv;
   args.num_heads = attention.num_heads;

@@ -11,8 +11,9 @@
 
 namespace moed {
 
-// The one forward pass. Carries a pass's rows through a layer at a time, each half in turn: what begins the next layer is done at the end of this
-// one, so that a half's attention may go on while the other half's products run. Serving thread only.
+// The one forward pass. Carries a pass's rows through a layer at a time, each half in turn: what begins the next layer
+// is done at the end of this one, so that a half's attention may go on while the other half's products run. Serving
+// thread only.
 class Pipeline {
  public:
   // rope: [max_model_len, rotary_dim], see RopeAppend. All arguments outlive the pipeline.

@@ -66,7 +66,8 @@ void RunningPass::add(Half& half, const StepSequence& sequence, int64_t& table_u
     rows.slots[row] = int64_t{blocks[position / block_tokens_]} * block_tokens_ + position % block_tokens_;
   }
   AttentionSpan& span = slot_->buffers.spans()[half.span_begin + half.members.size()];
-  span = {.row_begin = half.num_rows, .num_rows = sequence.num_new, .num_cached = sequence.num_cached, .blocks = blocks};
+  span = {
+      .row_begin = half.num_rows, .num_rows = sequence.num_new, .num_cached = sequence.num_cached, .blocks = blocks};
   half.members.push_back({sequence, half.num_rows});
   half.num_rows += sequence.num_new;
 }
@@ -98,7 +99,8 @@ void RunningPass::move_rows_up(const Half& half, int32_t begin, int32_t gap, Str
   for (int32_t to = begin; to + gap < half.num_rows; to += gap) {
     const int32_t from = to + gap;
     const int32_t count = std::min(gap, half.num_rows - from);
-    stream.copy(views.residual.row(to), views.residual.row(from), count * views.residual.stride * int64_t{sizeof(float)});
+    stream.copy(views.residual.row(to), views.residual.row(from),
+                count * views.residual.stride * int64_t{sizeof(float)});
     stream.copy(views.attention.row(to), views.attention.row(from),
                 count * views.attention.stride * int64_t{sizeof(Bf16)});
   }

@@ -31,8 +31,8 @@ struct PassSlot {
   bool taken = false;
 };
 
-// The state of a live pass: halves and their row tables in the slot's mapped memory. Gives the slot back when it dies. Between layers the rows'
-// state is their residual and the attention output of the layer to come.
+// The state of a live pass: halves and their row tables in the slot's mapped memory. Gives the slot back when it dies.
+// Between layers the rows' state is their residual and the attention output of the layer to come.
 class RunningPass : public PassState {
  public:
   // REQUIRES: slot not taken; sequences and plan valid (checked: rows, blocks, positions, tokens within their ranges).

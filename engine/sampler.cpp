@@ -115,8 +115,7 @@ struct Weights {
 
 // No prefix is cut: walks the tokens in order of id.
 int32_t draw_any(std::span<const float> logits, const Weights& weights, double uniform, std::vector<double>& sums) {
-  double left =
-      uniform * sum_weights(logits, weights.peak, weights.inverse_temperature, weights.weight_min, sums);
+  double left = uniform * sum_weights(logits, weights.peak, weights.inverse_temperature, weights.weight_min, sums);
   size_t block = 0;
   while (block + 1 < sums.size() && left >= sums[block]) left -= sums[block++];
   // Rounding may leave a remainder beyond the last block with any weight.
@@ -134,7 +133,8 @@ int32_t draw_any(std::span<const float> logits, const Weights& weights, double u
   return chosen;
 }
 
-// How many of the sorted candidates top_p keeps: the shortest prefix that holds its share of `total`; nothing when they hold less.
+// How many of the sorted candidates top_p keeps: the shortest prefix that holds its share of `total`; nothing when they
+// hold less.
 size_t prefix_of_mass(std::span<const Candidate> candidates, const Weights& weights, double mass) {
   double held = 0.0;
   for (size_t i = 0; i < candidates.size(); ++i) {

@@ -19,18 +19,20 @@ struct SampleContext {
 
 // Workspaces that calls share. Serving thread only.
 struct SamplerScratch {
-  std::vector<float> raw;            // logits before anything changed them
-  std::vector<int32_t> counts;       // [vocab], all zero between calls
+  std::vector<float> raw;       // logits before anything changed them
+  std::vector<int32_t> counts;  // [vocab], all zero between calls
   std::vector<double> block_sums;
   std::vector<Candidate> candidates;
 };
 
-// Chooses a sequence's next token in the order that SamplingParams states, and scores it when num_logprobs >= 0. `logits` are overwritten.
-// The answer depends on the arguments alone. Details:
-// - The candidates that min_p, top_k and top_p leave are a prefix of the tokens by descending logit, ties by ascending token. top_p keeps the
+// Chooses a sequence's next token in the order that SamplingParams states, and scores it when num_logprobs >= 0.
+// `logits` are overwritten. The answer depends on the arguments alone. Details:
+// - The candidates that min_p, top_k and top_p leave are a prefix of the tokens by descending logit, ties by ascending
+// token. top_p keeps the
 //   shortest prefix that holds that share of what min_p and top_k left, and always one token.
 // - Temperatures below kTemperatureMin are 0, as in vLLM.
-// - When masks leave no token, min_tokens yields first (a grammar that has ended allows nothing but EOS), then the masks.
+// - When masks leave no token, min_tokens yields first (a grammar that has ended allows nothing but EOS), then the
+// masks.
 // - Ids outside the vocabulary are ignored.
 // A NaN or an infinite logit ends the process: the weights or a kernel are broken.
 inline constexpr float kTemperatureMin = 1e-5F;
@@ -39,8 +41,8 @@ ScoredToken sample_token(std::span<float> logits, const SampleContext& context, 
 // The log-probability of `token` under softmax(logits), and the best `num_top`.
 ScoredToken score_token(std::span<const float> logits, int32_t token, int32_t num_top, SamplerScratch& scratch);
 
-// In [0, 1): number `index` of the stream of `seed`. Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter = index; the top 53 bits of its
-// first two words.
+// In [0, 1): number `index` of the stream of `seed`. Philox4x32-10 (Salmon et al., SC 2011), key = seed, counter =
+// index; the top 53 bits of its first two words.
 double uniform_draw(uint64_t seed, uint64_t index);
 
 }  // namespace moed

@@ -15,8 +15,8 @@ using SequenceId = int64_t;
 enum class Pool : uint8_t { kHost, kDevice };
 
 // How one sequence's tokens are chosen. Checked by Request::make; constant while the sequence lives.
-// Order as in vLLM: allowed ids, bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Temperature 0: the largest logit, ties to
-// the lower id.
+// Order as in vLLM: allowed ids, bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Temperature 0: the
+// largest logit, ties to the lower id.
 struct SamplingParams {
   float temperature = 1.0F;
   int32_t top_k = 0;  // 0: all
@@ -26,26 +26,28 @@ struct SamplingParams {
   float frequency_penalty = 0.0F;   // generated tokens
   float repetition_penalty = 1.0F;  // prompt and generated tokens
   std::vector<std::pair<int32_t, float>> logit_bias;
-  std::vector<int32_t> allowed_token_ids;     // empty: all
-  std::vector<int32_t> forbidden_until_min;   // EOS and stop ids: not sampled before min_tokens are generated
+  std::vector<int32_t> allowed_token_ids;    // empty: all
+  std::vector<int32_t> forbidden_until_min;  // EOS and stop ids: not sampled before min_tokens are generated
   int32_t min_tokens = 0;
-  uint64_t seed = 0;           // token t of a sequence draws from (seed, t) alone
-  int32_t num_logprobs = -1;   // -1: none; else the chosen token's and the best num_logprobs
+  uint64_t seed = 0;          // token t of a sequence draws from (seed, t) alone
+  int32_t num_logprobs = -1;  // -1: none; else the chosen token's and the best num_logprobs
   bool needs_history() const {
     return presence_penalty != 0.0F || frequency_penalty != 0.0F || repetition_penalty != 1.0F;
   }
 };
 
-// One sequence's part of a pass. Speaks of sequences: rows exist only inside a pass. What the spans and `sampling` point to belongs to the
-// scheduler, which leaves it alone until the sequence has left the pass: finish(), or drop() of this sequence.
+// One sequence's part of a pass. Speaks of sequences: rows exist only inside a pass. What the spans and `sampling`
+// point to belongs to the scheduler, which leaves it alone until the sequence has left the pass: finish(), or drop() of
+// this sequence.
 struct StepSequence {
   std::span<const int32_t> tokens;  // all so far: prompt, then generated
   SequenceId id = 0;
   int32_t num_prompt = 0;
   int32_t num_cached = 0;  // tokens whose KV stands in the blocks
   int32_t num_new = 0;     // this pass's rows: tokens[num_cached, num_cached + num_new)
-  bool prompt_logprobs = false;  // log-probabilities of tokens[num_cached + 1 ..] that belong to the prompt, for those rows
-  int32_t num_prompt_top = 0;    // best ones beside each prompt score
+  bool prompt_logprobs =
+      false;  // log-probabilities of tokens[num_cached + 1 ..] that belong to the prompt, for those rows
+  int32_t num_prompt_top = 0;  // best ones beside each prompt score
   Pool pool = Pool::kHost;
   std::span<const int32_t> blocks;           // cover [0, num_cached + num_new)
   const SamplingParams* sampling = nullptr;  // null: no token is sampled (not the last chunk)
@@ -66,16 +68,17 @@ struct ScoredToken {
 
 struct SequenceOutput {
   SequenceId id = 0;
-  std::optional<ScoredToken> sampled;      // when `sampling` was set
-  std::vector<ScoredToken> prompt_scores;  // when `prompt_logprobs`: of tokens[num_cached + 1, ...], one a row but the sampled one's
+  std::optional<ScoredToken> sampled;  // when `sampling` was set
+  std::vector<ScoredToken>
+      prompt_scores;  // when `prompt_logprobs`: of tokens[num_cached + 1, ...], one a row but the sampled one's
 };
 
 // Measured times of a pass, microseconds of wall clock.
 struct StepTimes {
-  double total_us = 0.0;      // begin to finish, waits for other passes excluded
+  double total_us = 0.0;  // begin to finish, waits for other passes excluded
   double attention_us = 0.0;
   double experts_us = 0.0;
-  double dense_us = 0.0;      // all other products
+  double dense_us = 0.0;  // all other products
   double sample_us = 0.0;
 };
 

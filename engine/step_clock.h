@@ -11,7 +11,8 @@ namespace moed {
 // What a stretch of a pass's stream was spent on. kIdle: the pass rested while another ran.
 enum class Lane : uint8_t { kIdle, kAttention, kExperts, kDense, kSample };
 
-// Measures a pass by events in its stream, so that it says the same on devices that run behind the host. Serving thread only.
+// Measures a pass by events in its stream, so that it says the same on devices that run behind the host. Serving thread
+// only.
 class StepClock {
  public:
   StepClock(Device& device, Stream& stream) : device_(&device), stream_(&stream) {}
