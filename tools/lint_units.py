@@ -105,7 +105,7 @@ def check(mode, name, arguments):
     for step in (scan, command):
         done = subprocess.run(step, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
-            return done.stdout
+            return re.sub(r"^\d+ warnings? generated\.\n", "", done.stdout, flags=re.M)
     files = deps.read_text().replace("\\\n", " ").split(":", 1)[1].split()
     stamp.write_text("\n".join([digest, *(str((ROOT / file).resolve()) for file in files)]) + "\n")
     times = started.stat()
