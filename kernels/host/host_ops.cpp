@@ -1,0 +1,297 @@
+#include "kernels/host/host_ops.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <string>
+
+#include "base/check.h"
+
+namespace moed {
+namespace {
+
+// Rows of an x block whose gate and up sums one thread holds at once.
+constexpr int32_t kFfnRows = 64;
+// A task streams about this much of the weights: long enough to pay for handing it out, short enough to balance.
+constexpr int64_t kTaskBytes = int64_t{96} << 10;
+constexpr int32_t kTaskColumnsMin = 16;
+constexpr int32_t kTaskColumnsMax = 64;
+// Elements that one task of the row-wise ops touches.
+constexpr int64_t kTaskElements = 8192;
+
+// Rows of W in one task; a multiple of 8, so that only the last task has odd tiles.
+int32_t task_columns(int32_t k, int32_t n, int threads) {
+  const int64_t by_bytes = kTaskBytes / (int64_t{2} * k);
+  const int64_t by_threads = n / (int64_t{4} * threads);
+  const int64_t columns = std::clamp<int64_t>(std::min(by_bytes, by_threads), kTaskColumnsMin, kTaskColumnsMax);
+  return static_cast<int32_t>(columns / 8 * 8);
+}
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+Status HostOps::reserve(const OpLimits& limits) {
+  limits_ = limits;
+  try {
+    reserve_scratch(limits);
+  } catch (const std::bad_alloc&) {
+    return Status(StatusCode::kResourceExhausted,
+                  "cannot allocate the workspaces of the kernels for " + std::to_string(limits.rows) + " rows and " +
+                      std::to_string(limits.context_tokens) + " tokens of context");
+  }
+  return {};
+}
+
+void HostOps::reserve_scratch(const OpLimits& limits) {
+  const int64_t chunks = divide_up(limits.context_tokens, kChunkPositions);
+  const int64_t pairs = int64_t{limits.rows} * (limits.choices + 1);
+  const int64_t vectors_max = std::max(kTileVectors, limits.num_heads);
+  scratch_.resize(pool_.num_threads());
+  for (Scratch& scratch : scratch_) {
+    for (auto* sums : {&scratch.gate, &scratch.up}) sums->resize(kFfnRows * kTaskColumnsMax);
+    for (int32_t row = 0; row < kFfnRows; ++row) {
+      scratch.gate_rows.push_back(scratch.gate.data() + row * kTaskColumnsMax);
+      scratch.up_rows.push_back(scratch.up.data() + row * kTaskColumnsMax);
+    }
+    scratch.transposed_k.resize(int64_t{kChunkPositions} * divide_up(limits.head_dim, 2));
+    scratch.scores.resize(vectors_max * kChunkPositions);
+    scratch.partials.resize(int64_t{2} * vectors_max * (limits.head_dim + 2));
+    scratch.q_rows.resize(vectors_max);
+    scratch.visible.resize(vectors_max);
+    scratch.k_blocks.resize(kChunkPositions / 16);
+    scratch.v_blocks.resize(kChunkPositions / 16);
+    scratch.row.resize(limits.head_dim);
+    scratch.choice_scores.resize(limits.num_experts);
+    scratch.group_scores.resize(limits.num_experts);
+  }
+  x_rows_.resize(pairs);
+  scratch_rows_.resize(pairs);
+  y_rows_.resize(pairs);
+  work_tasks_.resize(limits.num_experts + limits.choices + 2);
+  work_rows_.resize(limits.num_experts + limits.choices + 2);
+  logits_.resize(int64_t{limits.rows} * limits.num_experts);
+  shared_logits_.resize(limits.rows);
+  // Long contexts of few rows are split by chunks until these partials are used up; what is left runs unsplit.
+  const int64_t split_vectors = int64_t{32} * pool_.num_threads() * chunks;
+  split_partials_.resize(pool_.num_threads() == 1 ? 0 : split_vectors * (limits.head_dim + 2));
+  attention_tasks_.reserve(limits.rows + split_vectors);
+  split_tiles_.reserve(limits.rows);
+}
+
+void HostOps::for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64_t row, int thread)> fn) {
+  const int64_t rows_a_task = std::clamp<int64_t>(kTaskElements / std::max<int64_t>(cost_of_row, 1), 1, 64);
+  pool_.run(divide_up(rows, rows_a_task), [&](int64_t task, int thread) {
+    const int64_t end = std::min(rows, (task + 1) * rows_a_task);
+    for (int64_t row = task * rows_a_task; row < end; ++row) fn(row, thread);
+  });
+}
+
+void HostOps::embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<float> out, Stream&) {
+  const auto num_tokens = static_cast<int64_t>(tokens.size());
+  MOED_CHECK(num_tokens <= out.rows && table.cols == out.cols) << "embed: " << num_tokens << " tokens, out " << out.rows;
+  for_rows(num_tokens, table.cols, [&](int64_t row, int) {
+    MOED_CHECK(tokens[row] >= 0 && tokens[row] < table.rows) << "token " << tokens[row] << " of " << table.rows;
+    kernels_.to_float(table.row(tokens[row]), table.cols, out.row(row));
+  });
+}
+
+void HostOps::rms_norm(Matrix<const float> x, std::span<const int32_t> rows, const float* weight, float eps,
+                       Matrix<Bf16> out, Stream&) {
+  const int64_t count = rows.empty() ? x.rows : static_cast<int64_t>(rows.size());
+  MOED_CHECK(count <= out.rows && x.cols == out.cols) << "rms_norm: " << count << " rows into " << out.rows;
+  for_rows(count, x.cols, [&](int64_t row, int) {
+    const float* from = x.row(rows.empty() ? row : rows[row]);
+    const float mean = kernels_.sum_squares(from, x.cols) / static_cast<float>(x.cols);
+    kernels_.scale_to_bf16(from, 1.0F / std::sqrt(mean + eps), weight, x.cols, out.row(row));
+  });
+}
+
+void HostOps::linear(Matrix<const Bf16> x, const LinearWeights& weights, bool accumulate, Matrix<float> y, Stream&) {
+  MOED_CHECK(x.cols == weights.in && y.cols == weights.out && x.rows == y.rows)
+      << "linear: x [" << x.rows << ", " << x.cols << "], W [" << weights.out << ", " << weights.in << "], y ["
+      << y.rows << ", " << y.cols << "]";
+  MOED_CHECK(x.rows <= limits_.rows) << x.rows << " rows, reserved for " << limits_.rows;
+  for (int32_t row = 0; row < x.rows; ++row) {
+    x_rows_[row] = x.row(row);
+    y_rows_[row] = y.row(row);
+  }
+  product(x.rows, weights, accumulate);
+}
+
+void HostOps::product(int32_t rows, const LinearWeights& weights, bool accumulate) {
+  if (rows == 0) return;
+  const int threads = pool_.num_threads();
+  const int32_t columns = task_columns(weights.in, weights.out, threads);
+  const int64_t column_blocks = divide_up(weights.out, columns);
+  // Rows are cut only when the columns alone do not occupy all threads: each cut reads the weights once more.
+  const int64_t row_blocks = std::clamp<int64_t>(divide_up(int64_t{3} * threads, column_blocks), 1, divide_up(rows, 24));
+  const auto rows_a_block = static_cast<int32_t>(divide_up(rows, row_blocks));
+  pool_.run(column_blocks * row_blocks, [&](int64_t task, int) {
+    const auto column = static_cast<int32_t>(task / row_blocks) * columns;
+    const auto row = static_cast<int32_t>(task % row_blocks) * rows_a_block;
+    if (row >= rows) return;
+    DotBlock block;
+    block.x = x_rows_.data() + row;
+    block.y = y_rows_.data() + row;
+    block.m = std::min(rows_a_block, rows - row);
+    block.w = weights.weight + int64_t{column} * weights.in;
+    block.n = std::min(columns, weights.out - column);
+    block.k = weights.in;
+    block.y_begin = column;
+    block.bias = weights.bias == nullptr ? nullptr : weights.bias + column;
+    block.accumulate = accumulate;
+    kernels_.dot_block(block);
+  });
+}
+
+// Fills work_tasks_ with the first task of each work and returns how many there are.
+int64_t HostOps::cut_works(const ExpertFfn& args, bool down) {
+  int64_t tasks = 0;
+  for (size_t work = 0; work < args.works.size(); ++work) {
+    const BlobShape& shape = args.works[work].weights.shape;
+    const int32_t k = down ? shape.intermediate : 2 * shape.hidden;
+    const int32_t n = down ? shape.hidden : shape.intermediate;
+    work_tasks_[work] = tasks;
+    tasks += args.works[work].pairs.empty() ? 0 : divide_up(n, task_columns(k, n, pool_.num_threads()));
+  }
+  work_tasks_[args.works.size()] = tasks;
+  return tasks;
+}
+
+int32_t HostOps::work_of(int64_t task, int32_t num_works) const {
+  const auto begin = work_tasks_.begin();
+  return static_cast<int32_t>(std::upper_bound(begin, begin + num_works + 1, task) - begin) - 1;
+}
+
+void HostOps::expert_ffn(const ExpertFfn& args, Stream&) {
+  const auto num_works = static_cast<int32_t>(args.works.size());
+  MOED_CHECK(args.works.size() < work_tasks_.size()) << num_works << " works, reserved for " << work_tasks_.size() - 1;
+  int32_t pairs = 0;
+  for (int32_t work = 0; work < num_works; ++work) {
+    const BlobShape& shape = args.works[work].weights.shape;
+    MOED_CHECK(shape.hidden == args.x.cols && shape.hidden == args.y.cols && shape.intermediate <= args.scratch.cols)
+        << "expert [" << shape.hidden << ", " << shape.intermediate << "] with x of " << args.x.cols << ", y of "
+        << args.y.cols << ", scratch of " << args.scratch.cols;
+    MOED_CHECK(pairs + args.works[work].pairs.size() <= x_rows_.size()) << "more pairs than " << x_rows_.size();
+    work_rows_[work] = pairs;
+    for (const int32_t pair : args.works[work].pairs) {
+      x_rows_[pairs] = args.x.row(pair / args.choices);
+      scratch_rows_[pairs] = args.scratch.row(pairs);
+      y_rows_[pairs] = args.y.row(pair);
+      ++pairs;
+    }
+  }
+  work_rows_[num_works] = pairs;
+  MOED_CHECK(pairs <= args.scratch.rows) << pairs << " pairs, scratch for " << args.scratch.rows;
+
+  const int threads = pool_.num_threads();
+  pool_.run(cut_works(args, false), [&](int64_t task, int thread) {
+    const int32_t work = work_of(task, num_works);
+    const BlobShape& shape = args.works[work].weights.shape;
+    const int32_t columns = task_columns(2 * shape.hidden, shape.intermediate, threads);
+    const auto begin = static_cast<int32_t>(task - work_tasks_[work]) * columns;
+    gate_up(args, work, begin, std::min(columns, shape.intermediate - begin), thread);
+  });
+  pool_.run(cut_works(args, true), [&](int64_t task, int) {
+    const int32_t work = work_of(task, num_works);
+    const BlobView& weights = args.works[work].weights;
+    const int32_t columns = task_columns(weights.shape.intermediate, weights.shape.hidden, threads);
+    DotBlock block;
+    block.y_begin = static_cast<int32_t>(task - work_tasks_[work]) * columns;
+    block.x = scratch_rows_.data() + work_rows_[work];
+    block.y = y_rows_.data() + work_rows_[work];
+    block.m = work_rows_[work + 1] - work_rows_[work];
+    block.k = weights.shape.intermediate;
+    block.w = weights.down() + int64_t{block.y_begin} * block.k;
+    block.n = std::min(columns, weights.shape.hidden - block.y_begin);
+    kernels_.dot_block(block);
+  });
+}
+
+// scratch = bf16(silu(gate x) * up x) for `count` columns from `begin` and all rows of the work.
+void HostOps::gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread) {
+  const BlobView& weights = args.works[work].weights;
+  Scratch& scratch = scratch_[thread];
+  for (int32_t row = work_rows_[work]; row < work_rows_[work + 1]; row += kFfnRows) {
+    DotBlock block;
+    block.x = x_rows_.data() + row;
+    block.m = std::min(kFfnRows, work_rows_[work + 1] - row);
+    block.k = weights.shape.hidden;
+    block.n = count;
+    block.w = weights.gate() + int64_t{begin} * block.k;
+    block.y = scratch.gate_rows.data();
+    kernels_.dot_block(block);
+    block.w = weights.up() + int64_t{begin} * block.k;
+    block.y = scratch.up_rows.data();
+    kernels_.dot_block(block);
+    for (int32_t i = 0; i < block.m; ++i) {
+      kernels_.silu_mul(scratch.gate_rows[i], scratch.up_rows[i], count, args.scratch.row(row + i) + begin);
+    }
+  }
+}
+
+void HostOps::combine(const Combine& args, Stream&) {
+  const Matrix<float>& residual = args.residual;
+  MOED_CHECK(args.y.rows >= int64_t{residual.rows} * args.choices && args.y.cols == residual.cols)
+      << "combine: y [" << args.y.rows << ", " << args.y.cols << "], residual [" << residual.rows << ", "
+      << residual.cols << "], " << args.choices << " choices";
+  for_rows(residual.rows, int64_t{residual.cols} * args.choices, [&](int64_t row, int) {
+    for (int32_t choice = 0; choice < args.choices; ++choice) {
+      const float weight = args.weights.data == nullptr ? 1.0F : args.weights.row(row)[choice];
+      kernels_.add_scaled(args.y.row(row * args.choices + choice), weight, residual.cols, residual.row(row));
+    }
+  });
+}
+
+void HostOps::rope_append(const RopeAppend& args, Stream&) {
+  const int32_t dim = args.kv.head_dim;
+  const int32_t num_kv_heads = args.kv.num_kv_heads;
+  MOED_CHECK(args.qkv.cols == (args.num_heads + 2 * num_kv_heads) * dim && args.rotary_dim <= dim &&
+             args.rotary_dim % 2 == 0 && dim <= limits_.head_dim)
+      << "rope_append: qkv of " << args.qkv.cols << ", " << args.num_heads << " + 2 * " << num_kv_heads << " heads of "
+      << dim << ", rotary " << args.rotary_dim;
+  MOED_CHECK(static_cast<int64_t>(args.positions.size()) >= args.qkv.rows &&
+             static_cast<int64_t>(args.slots.size()) >= args.qkv.rows)
+      << "rope_append: fewer positions or slots than rows";
+  for_rows(args.qkv.rows, int64_t{4} * args.qkv.cols, [&](int64_t row, int thread) {
+    RopeHead head;
+    head.head_dim = dim;
+    head.clip = args.clip;
+    head.rotary_dim = args.rotary_dim;
+    head.cos_sin = args.cos_sin + int64_t{args.positions[row]} * args.rotary_dim;
+    head.scratch = scratch_[thread].row.data();
+    const auto turn = [&](const float* x, int32_t heads, const float* norm, auto&& target) {
+      const bool whole = args.norm == RopeAppend::Norm::kWhole;
+      if (whole) head.inverse_rms = inverse_rms(x, heads * dim, args.eps);
+      for (int32_t i = 0; i < heads; ++i) {
+        head.x = x + i * dim;
+        if (args.norm == RopeAppend::Norm::kPerHead) head.inverse_rms = inverse_rms(head.x, dim, args.eps);
+        head.norm = args.norm == RopeAppend::Norm::kNone ? nullptr : norm + (whole ? i * dim : 0);
+        head.out = target(i);
+        kernels_.rope_head(head);
+      }
+    };
+    const float* q = args.qkv.row(row);
+    turn(q, args.num_heads, args.q_norm, [&](int32_t i) { return args.q.row(row) + i * dim; });
+    const int64_t slot = args.slots[row];
+    if (slot < 0) return;
+    const auto block = static_cast<int32_t>(slot / args.kv.block_tokens);
+    const int64_t offset = slot % args.kv.block_tokens * dim;
+    const float* k = q + args.num_heads * dim;
+    turn(k, num_kv_heads, args.k_norm, [&](int32_t i) { return args.kv.k(block, i) + offset; });
+    head.norm = nullptr;
+    head.rotary_dim = 0;
+    for (int32_t i = 0; i < num_kv_heads; ++i) {
+      head.x = k + (num_kv_heads + i) * dim;
+      head.out = args.kv.v(block, i) + offset;
+      kernels_.rope_head(head);
+    }
+  });
+}
+
+float HostOps::inverse_rms(const float* x, int32_t n, float eps) const {
+  return 1.0F / std::sqrt(kernels_.sum_squares(x, n) / static_cast<float>(n) + eps);
+}
+
+}  // namespace moed

@@ -1,0 +1,108 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "base/thread_pool.h"
+#include "kernels/host/kernel_table.h"
+#include "kernels/ops.h"
+
+namespace moed {
+
+// Query vectors that share one reading of a chunk, unless one row has more: enough to make its transposition cheap, few enough to
+// stay in L1.
+constexpr int32_t kTileVectors = 32;
+
+// The ops of the host device: checks shapes, cuts the work over the pool's threads, calls the kernels of one ISA.
+class HostOps final : public Ops {
+ public:
+  // kernels and pool must outlive it.
+  HostOps(const KernelTable& kernels, ThreadPool& pool, bool deterministic)
+      : kernels_(kernels), pool_(pool), deterministic_(deterministic) {}
+
+  Status reserve(const OpLimits& limits) override;
+  void embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<float> out, Stream& stream) override;
+  void rms_norm(Matrix<const float> x, std::span<const int32_t> rows, const float* weight, float eps, Matrix<Bf16> out,
+                Stream& stream) override;
+  void linear(Matrix<const Bf16> x, const LinearWeights& weights, bool accumulate, Matrix<float> y,
+              Stream& stream) override;
+  void rope_append(const RopeAppend& args, Stream& stream) override;
+  void attention(const Attention& args, Stream& stream) override;
+  void route(const Route& args, Stream& stream) override;
+  void expert_ffn(const ExpertFfn& args, Stream& stream) override;
+  void combine(const Combine& args, Stream& stream) override;
+
+ private:
+  // Rows of one sequence against chunks [chunk_begin, chunk_end): all that they see (split_offset < 0), or one, whose partials
+  // for all KV heads lie at split_partials_[split_offset].
+  struct AttentionTask {
+    int32_t span = 0;
+    int32_t row = 0;  // within the span
+    int32_t num_rows = 0;
+    int32_t chunk_begin = 0;
+    int32_t chunk_end = 0;
+    int64_t split_offset = -1;
+  };
+  struct SplitTile {
+    int32_t first_task;  // its chunks are num_chunks tasks in a row
+    int32_t num_chunks;
+  };
+  struct ChunkOut {
+    int32_t head;
+    int32_t chunk;
+    AttentionPartial out;
+  };
+  // What one thread needs while it computes.
+  struct Scratch {
+    std::vector<float> gate;
+    std::vector<float> up;
+    std::vector<float*> gate_rows;
+    std::vector<float*> up_rows;
+    std::vector<uint32_t> transposed_k;
+    std::vector<float> scores;
+    std::vector<float> partials;  // two of them: peaks, totals, sums
+    std::vector<const Bf16*> q_rows;
+    std::vector<int32_t> visible;
+    std::vector<const Bf16*> k_blocks;
+    std::vector<const Bf16*> v_blocks;
+    std::vector<float> row;
+    std::vector<float> choice_scores;
+    std::vector<float> group_scores;
+  };
+
+  void reserve_scratch(const OpLimits& limits);
+  // Cuts [0, rows) into tasks of about equal cost and runs fn(row, thread).
+  void for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64_t row, int thread)> fn);
+  // y = x W^T over all rows; x_rows_ and y_rows_ are set.
+  void product(int32_t rows, const LinearWeights& weights, bool accumulate);
+  void gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread);
+  float inverse_rms(const float* x, int32_t n, float eps) const;
+  int64_t cut_works(const ExpertFfn& args, bool down);
+  int32_t work_of(int64_t task, int32_t num_works) const;
+  void choose_experts(const Route& args, int64_t row, int thread);
+  void keep_best_groups(const Route& args, Scratch& scratch) const;
+  void plan_attention(const Attention& args);
+  float* split_at(const Attention& args, const AttentionTask& task, int32_t head);
+  void run_whole_tile(const Attention& args, const AttentionTask& task, int32_t head, int thread);
+  void merge_split_tile(const Attention& args, const SplitTile& tile, int32_t head);
+  void compute_chunk(const Attention& args, const AttentionTask& task, const ChunkOut& where, int thread);
+  void write_attention(const Attention& args, const AttentionTask& task, int32_t head, const AttentionPartial& done);
+
+  const KernelTable& kernels_;
+  ThreadPool& pool_;
+  const bool deterministic_;
+  OpLimits limits_;
+  std::vector<Scratch> scratch_;             // [threads]
+  std::vector<const Bf16*> x_rows_;          // [rows * choices + rows]
+  std::vector<const Bf16*> scratch_rows_;    // as many: rows of ExpertFfn::scratch
+  std::vector<float*> y_rows_;               // as many
+  std::vector<int64_t> work_tasks_;          // tasks before each work
+  std::vector<int32_t> work_rows_;           // rows before each work
+  std::vector<float> logits_;                // [rows, experts]
+  std::vector<float> shared_logits_;         // [rows]
+  std::vector<AttentionTask> attention_tasks_;
+  std::vector<SplitTile> split_tiles_;
+  std::vector<float> split_partials_;
+};
+
+}  // namespace moed
