@@ -1,0 +1,132 @@
+#include "server/serve.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/signalfd.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "base/log.h"
+#include "server/daemon.h"
+#include "server/grpc_server.h"
+#include "server/http_api.h"
+#include "server/http_server.h"
+
+namespace moed {
+namespace {
+
+// After a drain: for streams to carry their last event out.
+constexpr double kCloseSeconds = 2.0;
+
+// SIGTERM and SIGINT as something to read. Made before any other thread, so that none of them takes the signal.
+class Signals {
+ public:
+  Signals() {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    signal(SIGPIPE, SIG_IGN);
+    fd_ = signalfd(-1, &set, SFD_CLOEXEC);
+    MOED_CHECK(fd_ >= 0) << "signalfd";
+  }
+  ~Signals() { close(fd_); }
+  Signals(const Signals&) = delete;
+  Signals& operator=(const Signals&) = delete;
+
+  // True when a signal came within `timeout_ms` (negative: for ever); takes it.
+  bool wait(int timeout_ms) const {
+    pollfd entry{fd_, POLLIN, 0};
+    if (poll(&entry, 1, timeout_ms) <= 0) return false;
+    signalfd_siginfo info;
+    return read(fd_, &info, sizeof(info)) == sizeof(info);
+  }
+
+ private:
+  int fd_ = -1;
+};
+
+int fail(const Status& status) {
+  std::fprintf(stderr, "moed: %s\n", status.message().c_str());
+  return 1;
+}
+
+HttpServerOptions http_options(const Settings& settings) {
+  HttpServerOptions options;
+  options.host = settings.server.host;
+  options.port = static_cast<int>(settings.server.http_port);
+  options.body_bytes_max = settings.limits.body_bytes_max;
+  options.connections_max = settings.limits.connections_max;
+  options.header_bytes_max = settings.limits.header_bytes_max;
+  options.header_seconds = settings.limits.header_seconds;
+  options.body_seconds = settings.limits.body_seconds;
+  return options;
+}
+
+void print_invitation(const HttpServer& http) {
+  std::printf(
+      "\nTry:\n  curl http://%s/v1/chat/completions -H 'Content-Type: application/json' -d '{\"messages\": [{\"role\": "
+      "\"user\", \"content\": \"What is the capital of France?\"}], \"temperature\": 0}'\n\n",
+      http.addresses().front().c_str());
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
+  const Signals signals;
+  const Settings& settings = loaded.settings;
+  init_log(settings.server.log_level, settings.server.log_json);
+  for (const std::string& warning : loaded.warnings) spdlog::warn("{}", warning);
+
+  auto keys = ApiKeys::load(settings.server.api_key_file, settings.server.api_key);
+  if (!keys.ok()) return fail(keys.status());
+  Daemon daemon(settings, std::move(*keys));
+
+  HttpApi api(daemon, settings);
+  auto http = HttpServer::start(http_options(settings), api);
+  if (!http.ok()) return fail(http.status());
+  auto grpc = GrpcServer::start(settings, daemon);
+  if (!grpc.ok()) return fail(grpc.status());
+  spdlog::info("loading {}; http {}, grpc {}:{}", settings.model.path, (*http)->addresses().front(),
+               settings.server.host, (*grpc)->port());
+
+  // Loading does not listen to signals; a supervisor's stop must not wait for it.
+  std::thread loading_watch;
+  std::atomic<bool> load_done{false};
+  loading_watch = std::thread([&] {
+    while (!load_done) {
+      if (signals.wait(100)) {
+        std::fprintf(stderr, "moed: stopped while loading\n");
+        std::_Exit(1);
+      }
+    }
+  });
+  const Status status = daemon.load(factory);
+  load_done = true;
+  loading_watch.join();
+  if (!status.ok()) return fail(status);
+
+  (*grpc)->set_serving(true);
+  spdlog::info("ready: http {}, grpc {}:{}", (*http)->addresses().front(), settings.server.host, (*grpc)->port());
+  print_invitation(**http);
+
+  signals.wait(-1);
+  spdlog::info("draining: up to {} s for {} running requests", settings.server.drain_seconds,
+               daemon.loads().running + daemon.loads().waiting);
+  (*grpc)->set_serving(false);
+  daemon.drain(settings.server.drain_seconds, [&] { return signals.wait(0); });
+  daemon.stop();
+  (*http)->shutdown(kCloseSeconds);
+  (*grpc)->shutdown(kCloseSeconds);
+  spdlog::info("stopped");
+  return 0;
+}
+
+}  // namespace moed

@@ -1,0 +1,144 @@
+#include "server/choice_text.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/text/tokenizer_fixture.h"
+
+namespace moed {
+namespace {
+
+// Ids 0..255 of this tokenizer are the bytes.
+class ChoiceTextTest : public ::testing::Test {
+ protected:
+  std::unique_ptr<Tokenizer> tokenizer_ = load_tokenizer(byte_level_tokenizer());
+
+  static TokenEvent event_of(int32_t token, FinishReason finish = FinishReason::kNone) {
+    TokenEvent event;
+    event.token.token = token;
+    event.token.logprob = -0.5F;
+    event.finish = finish;
+    return event;
+  }
+
+  struct Answer {
+    std::string text;
+    std::string token_bytes;  // of the tokens that travelled with it
+    FinishReason finish = FinishReason::kNone;
+    int32_t num_tokens = 0;
+    std::string stop_text;
+    bool asked_to_stop = false;
+    size_t deltas = 0;
+  };
+
+  // Feeds the bytes of `bytes` one token each, the last with `finish`.
+  Answer run(const std::string& bytes, ChoiceTextOptions options, FinishReason finish = FinishReason::kLength) {
+    ChoiceText choice(*tokenizer_, 0, std::move(options), {});
+    Answer answer;
+    for (size_t i = 0; i < bytes.size() && !choice.finished(); ++i) {
+      std::vector<Delta> deltas;
+      const bool last = i + 1 == bytes.size();
+      auto stopped = choice.push(event_of(static_cast<uint8_t>(bytes[i]), last ? finish : FinishReason::kNone), deltas);
+      EXPECT_TRUE(stopped.ok());
+      answer.asked_to_stop = *stopped;
+      EXPECT_LE(deltas.size(), 1U);
+      for (const Delta& delta : deltas) {
+        ++answer.deltas;
+        answer.text += delta.text;
+        for (const TokenText& token : delta.tokens) answer.token_bytes += token.bytes;
+        answer.finish = delta.finish;
+        answer.num_tokens = delta.num_tokens;
+        answer.stop_text = delta.stop_text;
+      }
+    }
+    return answer;
+  }
+};
+
+TEST_F(ChoiceTextTest, PassesTextThrough) {
+  const Answer answer = run("hello", {});
+  EXPECT_EQ(answer.text, "hello");
+  EXPECT_EQ(answer.token_bytes, "hello");
+  EXPECT_EQ(answer.finish, FinishReason::kLength);
+  EXPECT_EQ(answer.num_tokens, 5);
+  EXPECT_EQ(answer.deltas, 5U);
+}
+
+TEST_F(ChoiceTextTest, CutsBeforeAStopStringAndCountsTheTokenThatCompletesIt) {
+  ChoiceTextOptions options;
+  options.stop = {"STOP"};
+  const Answer answer = run("abSTOPcd", options);
+  EXPECT_EQ(answer.text, "ab");
+  EXPECT_EQ(answer.token_bytes, "ab");
+  EXPECT_EQ(answer.finish, FinishReason::kStop);
+  EXPECT_EQ(answer.stop_text, "STOP");
+  EXPECT_EQ(answer.num_tokens, 6);
+  EXPECT_TRUE(answer.asked_to_stop);
+}
+
+TEST_F(ChoiceTextTest, KeepsTheStopStringWhenAsked) {
+  ChoiceTextOptions options;
+  options.stop = {"STOP"};
+  options.include_stop = true;
+  EXPECT_EQ(run("abSTOPcd", options).text, "abSTOP");
+}
+
+TEST_F(ChoiceTextTest, LogprobsTravelWithHeldText) {
+  ChoiceTextOptions options;
+  options.stop = {"xyz"};
+  options.logprobs = true;
+  ChoiceText choice(*tokenizer_, 0, options, {});
+  std::vector<Delta> deltas;
+  ASSERT_TRUE(choice.push(event_of('x'), deltas).ok());
+  ASSERT_TRUE(choice.push(event_of('y'), deltas).ok());
+  EXPECT_TRUE(deltas.empty());
+  ASSERT_TRUE(choice.push(event_of('w'), deltas).ok());
+  ASSERT_EQ(deltas.size(), 1U);
+  EXPECT_EQ(deltas[0].text, "xyw");
+  ASSERT_EQ(deltas[0].tokens.size(), 3U);
+  EXPECT_EQ(deltas[0].tokens[2].bytes, "w");
+  EXPECT_FLOAT_EQ(*deltas[0].tokens[0].logprob, -0.5F);
+}
+
+TEST_F(ChoiceTextTest, HeldTextIsFlushedAtTheEnd) {
+  ChoiceTextOptions options;
+  options.stop = {"\n\nQ:"};
+  const Answer answer = run("a\n\nQ", options);
+  EXPECT_EQ(answer.text, "a\n\nQ");
+  EXPECT_EQ(answer.token_bytes, "a\n\nQ");
+}
+
+TEST_F(ChoiceTextTest, NoStopBeforeMinTokens) {
+  ChoiceTextOptions options;
+  options.stop = {"a"};
+  options.min_tokens = 3;
+  EXPECT_EQ(run("aaaa", options).text, "aa");
+}
+
+TEST_F(ChoiceTextTest, CharactersOfSeveralTokensComeWhole) {
+  const std::string euro = "\xe2\x82\xac";
+  const Answer whole = run("1" + euro + "2", {});
+  EXPECT_EQ(whole.text, "1" + euro + "2");
+  EXPECT_EQ(whole.token_bytes, "1" + euro + "2");
+  const Answer broken = run("1\xe2\x82", {});
+  EXPECT_EQ(broken.text, "1\xef\xbf\xbd");
+  EXPECT_EQ(broken.num_tokens, 3);
+}
+
+TEST_F(ChoiceTextTest, TheStopTokenIsNoText) {
+  ChoiceText choice(*tokenizer_, 0, {}, {});
+  std::vector<Delta> deltas;
+  ASSERT_TRUE(choice.push(event_of('a'), deltas).ok());
+  TokenEvent last = event_of('b', FinishReason::kStop);
+  last.stop_token = 'b';
+  const auto stopped = choice.push(last, deltas);
+  ASSERT_TRUE(stopped.ok());
+  EXPECT_FALSE(*stopped) << "the scheduler knows";
+  ASSERT_EQ(deltas.size(), 2U);
+  EXPECT_EQ(deltas[1].text, "");
+  EXPECT_EQ(deltas[1].num_tokens, 2);
+  EXPECT_EQ(deltas[1].finish, FinishReason::kStop);
+  EXPECT_EQ(deltas[1].stop_token, 'b');
+}
+
+}  // namespace
+}  // namespace moed

@@ -1,0 +1,171 @@
+#include "server/validate.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "tests/text/tokenizer_fixture.h"
+
+namespace moed {
+namespace {
+
+constexpr const char* kTemplate =
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+class ValidateTest : public ::testing::Test {
+ protected:
+  ValidateTest() {
+    auto chat_template = ChatTemplate::from_source(kTemplate);
+    EXPECT_TRUE(chat_template.ok());
+    chat_template_ = std::move(*chat_template);
+    context_.tokenizer = tokenizer_.get();
+    context_.chat_template = chat_template_.get();
+    context_.vocab_size = tokenizer_->vocab_size();
+    context_.max_model_len = 200;
+    context_.eos_token_ids = {3};
+  }
+
+  static GenerationParams chat(const std::string& messages) {
+    GenerationParams params;
+    params.chat = true;
+    params.messages_json = messages;
+    return params;
+  }
+  static GenerationParams completion(const std::string& prompt) {
+    GenerationParams params;
+    params.prompts = {{prompt, {}, false}};
+    return params;
+  }
+  // The whole way: validate, then Request::make, as a door's request goes.
+  Status check(const GenerationParams& params) {
+    auto valid = validate(params, context_);
+    if (!valid.ok()) return valid.status();
+    for (RequestSpec& spec : valid->requests) {
+      const auto request = Request::make(std::move(spec), request_limits(context_));
+      if (!request.ok()) return request.status();
+    }
+    return Status();
+  }
+  void expect_refused(const GenerationParams& params, const std::string& param, const std::string& word) {
+    const Status status = check(params);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << param;
+    EXPECT_EQ(status.param(), param);
+    EXPECT_NE(status.message().find(word), std::string::npos) << status.message();
+  }
+
+  std::unique_ptr<Tokenizer> tokenizer_ = load_tokenizer(byte_level_tokenizer());
+  std::unique_ptr<ChatTemplate> chat_template_;
+  ValidationContext context_;
+};
+
+TEST_F(ValidateTest, ChatTakesTheRestOfTheContext) {
+  const auto valid = validate(chat(R"([{"role":"user","content":"hi"}])"), context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  const auto text = tokenizer_->decode(valid->requests[0].prompt, false);
+  EXPECT_EQ(*text, "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n");
+  EXPECT_EQ(valid->requests[0].max_tokens, 200 - static_cast<int32_t>(valid->requests[0].prompt.size()));
+}
+
+TEST_F(ValidateTest, CompletionsTakeSixteenOrWhatIsLeft) {
+  EXPECT_EQ(validate(completion("abc"), context_)->requests[0].max_tokens, 16);
+  EXPECT_EQ(validate(completion(std::string(195, 'x')), context_)->requests[0].max_tokens, 5);
+}
+
+TEST_F(ValidateTest, DefaultsComeFromTheModel) {
+  context_.defaults.temperature = 0.25;
+  context_.defaults.top_k = 7;
+  GenerationParams params = completion("a");
+  params.top_p = 0.5;
+  const auto valid = validate(params, context_);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.temperature, 0.25F);
+  EXPECT_EQ(valid->requests[0].sampling.top_k, 7);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.top_p, 0.5F);
+}
+
+TEST_F(ValidateTest, ContentPartsAreJoinedAndOthersRefused) {
+  const auto valid =
+      validate(chat(R"([{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}])"), context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  EXPECT_NE(tokenizer_->decode(valid->requests[0].prompt, false)->find("user\na\nb<"), std::string::npos);
+  expect_refused(chat(R"([{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}])"),
+                 "messages[0].content[0]", "text");
+}
+
+TEST_F(ValidateTest, DeveloperBecomesSystem) {
+  const auto valid = validate(chat(R"([{"role":"developer","content":"d"}])"), context_);
+  ASSERT_TRUE(valid.ok());
+  EXPECT_NE(tokenizer_->decode(valid->requests[0].prompt, false)->find("system\nd"), std::string::npos);
+}
+
+TEST_F(ValidateTest, BadMessages) {
+  expect_refused(chat("[]"), "messages", "empty");
+  expect_refused(chat("{}"), "messages", "array");
+  expect_refused(chat(R"([{"content":"x"}])"), "messages[0].role", "string");
+  expect_refused(chat(R"([{"role":"user"}])"), "messages[0].content", "missing");
+  expect_refused(chat(R"([{"role":"user","content":5}])"), "messages[0].content", "string");
+  expect_refused(chat(R"([{"role":"user","content":"x"}, 3])"), "messages[1]", "object");
+}
+
+TEST_F(ValidateTest, ContextOverflowNamesTheLimit) {
+  GenerationParams params = completion("abc");
+  params.max_tokens = 198;
+  const Status status = check(params);
+  EXPECT_EQ(status.detail(), "context_length_exceeded");
+  EXPECT_EQ(status.message().rfind("This model's maximum context length is 200 tokens", 0), 0U) << status.message();
+  params.max_tokens = 197;
+  EXPECT_TRUE(check(params).ok());
+  // Refused before the tokenizer sees it.
+  const Status huge = check(completion(std::string(1 << 20, 'x')));
+  EXPECT_EQ(huge.detail(), "context_length_exceeded");
+}
+
+TEST_F(ValidateTest, RangesNameTheField) {
+  const auto with = [](auto set) {
+    GenerationParams params = completion("a");
+    set(params);
+    return params;
+  };
+  expect_refused(with([](auto& p) { p.temperature = -0.1; }), "temperature", "temperature");
+  expect_refused(with([](auto& p) { p.temperature = std::nan(""); }), "temperature", "temperature");
+  expect_refused(with([](auto& p) { p.top_p = 0.0; }), "top_p", "top_p");
+  expect_refused(with([](auto& p) { p.top_p = 1.5; }), "top_p", "top_p");
+  expect_refused(with([](auto& p) { p.min_p = 2.0; }), "min_p", "min_p");
+  expect_refused(with([](auto& p) { p.presence_penalty = 3.0; }), "presence_penalty", "presence_penalty");
+  expect_refused(with([](auto& p) { p.frequency_penalty = -3.0; }), "frequency_penalty", "frequency_penalty");
+  expect_refused(with([](auto& p) { p.repetition_penalty = 0.0; }), "repetition_penalty", "repetition_penalty");
+  expect_refused(with([](auto& p) { p.n = 0; }), "n", "between 1 and 64");
+  expect_refused(with([](auto& p) { p.n = 65; }), "n", "between 1 and 64");
+  expect_refused(with([](auto& p) { p.top_k = -2; }), "top_k", "top_k");
+  expect_refused(with([](auto& p) { p.max_tokens = 0; }), "max_tokens", "max_tokens");
+  expect_refused(with([](auto& p) { p.logprobs = 21; }), "logprobs", "20");
+  expect_refused(with([](auto& p) { p.stop = {""}; }), "stop", "empty");
+  expect_refused(with([](auto& p) { p.stop.assign(17, "x"); }), "stop", "16");
+  expect_refused(with([](auto& p) { p.logit_bias = {{1 << 30, 1.0}}; }), "logit_bias", "logit_bias");
+  expect_refused(with([](auto& p) { p.logit_bias = {{1, 101.0}}; }), "logit_bias", "100");
+  expect_refused(with([](auto& p) { p.allowed_token_ids = std::vector<int64_t>{}; }), "allowed_token_ids", "empty");
+  expect_refused(with([](auto& p) { p.prompts = {{"", {1, 100000}, true}}; }), "prompt", "100000");
+  expect_refused(with([](auto& p) { p.prompts = {{"", {}, true}}; }), "prompt", "no tokens");
+  expect_refused(with([](auto& p) { p.prompts.clear(); }), "prompt", "empty");
+}
+
+TEST_F(ValidateTest, EchoMayAskForNothingNew) {
+  GenerationParams params = completion("abc");
+  params.echo = true;
+  params.max_tokens = 0;
+  params.logprobs = 2;
+  const auto valid = validate(params, context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  EXPECT_TRUE(valid->prompt_scores);
+  EXPECT_EQ(valid->prompt_texts[0], "abc");
+}
+
+TEST_F(ValidateTest, TruncationKeepsTheEnd) {
+  GenerationParams params = completion("abcdef");
+  params.truncate_prompt_tokens = 2;
+  const auto valid = validate(params, context_);
+  EXPECT_EQ(*tokenizer_->decode(valid->requests[0].prompt, false), "ef");
+}
+
+}  // namespace
+}  // namespace moed
