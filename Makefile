@@ -26,8 +26,12 @@ help:
 deps:
 	@tools/install_deps.sh serve
 
-build: deps
+# CMake notices changed lists by itself; a changed preset is for make to notice.
+$(BUILD)/build.ninja: CMakePresets.json | deps
 	@cmake --preset release --log-level=WARNING
+	@touch $@
+
+build: deps $(BUILD)/build.ninja
 	@cmake --build $(BUILD) --target moed -j $(JOBS)
 
 demo: deps
@@ -40,13 +44,15 @@ serve: build
 test:
 	@JOBS=$(JOBS) tools/run_tests.sh
 
+# The generated headers must be there before clang reads a unit, and the simplest way to have them all is to build.
 lint:
 	@tools/install_deps.sh test
 	@cmake --preset release --log-level=WARNING
-	@tools/lint.sh
+	@cmake --build $(BUILD) -j $(JOBS)
+	@JOBS=$(JOBS) tools/lint.sh
 
 format:
-	@git ls-files -co --exclude-standard '*.h' '*.cpp' | xargs clang-format-16 -i
+	@git -c safe.directory='*' ls-files -co --exclude-standard '*.h' '*.cpp' | xargs clang-format-16 -i
 
 docker-check:
 	@tools/install_deps.sh docker

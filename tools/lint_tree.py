@@ -53,7 +53,8 @@ FORBIDDEN = [
 
 
 def tracked_files():
-    out = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], check=True, text=True,
+    # safe.directory: a checkout may belong to another user than the one who runs the checks (containers, CI).
+    out = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], check=True, text=True,
                          stdout=subprocess.PIPE).stdout
     return [name for name in out.splitlines() if (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
 
