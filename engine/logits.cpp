@@ -11,6 +11,11 @@ namespace {
 constexpr int kLanes = 16;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// condition ? x : 0, without the branch that keeps compilers from vectorising.
+float kept_if(bool condition, float x) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & (0U - static_cast<uint32_t>(condition)));
+}
+
 bool better(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
@@ -57,7 +62,10 @@ float exp_negative(float x) {
   constexpr float kLn2Low = -2.12194440e-4F;
   constexpr float kRound =
       12582912.0F;  // 1.5 * 2^23: adding it rounds to a whole number, which then stands in the low bits
-  const float clamped = x < -87.0F ? -87.0F : x;
+  // Whole numbers compare without a branch where floats do not; of floats of one sign they keep the order.
+  constexpr int32_t kFar = std::bit_cast<int32_t>(87.0F);
+  const int32_t distance = std::bit_cast<int32_t>(x) & 0x7fffffff;
+  const float clamped = -std::bit_cast<float>(std::min(distance, kFar));
   const float shifted = clamped * kLog2E + kRound;
   const float n = shifted - kRound;
   const float r = (clamped - n * kLn2High) - n * kLn2Low;
@@ -71,7 +79,7 @@ float exp_negative(float x) {
   p = p * r + 1.0F;
   const int32_t exponent = std::bit_cast<int32_t>(shifted) - std::bit_cast<int32_t>(kRound);
   const float scale = std::bit_cast<float>((exponent + 127) << 23);
-  return x < -87.0F ? 0.0F : p * scale;
+  return kept_if(distance <= kFar, p * scale);
 }
 
 double sum_weights(std::span<const float> logits, float peak, float inverse_temperature, float weight_min,
@@ -87,14 +95,14 @@ double sum_weights(std::span<const float> logits, float peak, float inverse_temp
     for (int32_t i = 0; i < whole; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) {
         const float weight = exp_negative((block[i + lane] - peak) * inverse_temperature);
-        lanes[lane] += weight < weight_min ? 0.0F : weight;
+        lanes[lane] += kept_if(weight >= weight_min, weight);
       }
     }
     double sum = 0.0;
     for (int lane = 0; lane < kLanes; ++lane) sum += lanes[lane];
     for (int32_t i = whole; i < count; ++i) {
       const float weight = exp_negative((block[i] - peak) * inverse_temperature);
-      sum += weight < weight_min ? 0.0F : weight;
+      sum += kept_if(weight >= weight_min, weight);
     }
     sums.push_back(sum);
     total += sum;
