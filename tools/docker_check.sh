@@ -26,7 +26,9 @@ make_base() {
   debootstrap --variant=minbase --include=ca-certificates bookworm "$root" >"$work/debootstrap.log" ||
     fail "debootstrap, see $work/debootstrap.log"
   # The suites and the trusted certificates of this machine, which may sit behind a proxy with its own.
-  if cp /etc/apt/sources.list.d/debian.sources "$root/etc/apt/sources.list.d/" 2>/dev/null; then : >"$root/etc/apt/sources.list"; fi
+  if cp /etc/apt/sources.list.d/debian.sources "$root/etc/apt/sources.list.d/" 2>/dev/null; then
+    : >"$root/etc/apt/sources.list"
+  fi
   cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/ca-certificates.crt"
   rm -rf "$root/var/cache/apt/archives"/*.deb
   local from
@@ -82,7 +84,7 @@ for ((second = 0; second < 300; ++second)); do
   [ "$(curl -s -o /dev/null -w '%{http_code}' "http://127.0.0.1:$http_port/ready" || true)" = 200 ] && break
   sleep 1
 done
-in_image "${healthcheck[@]}" --http-port "$http_port" || fail "the health check says no"
+in_image "${healthcheck[@]}" --port "$http_port" || fail "the health check says no"
 chat='{"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0, "max_tokens": 24}'
 url=http://127.0.0.1:$http_port/v1/chat/completions
 [ "$(curl -s -o /dev/null -w '%{http_code}' "$url" -H 'Content-Type: application/json' -d "$chat")" = 401 ] ||

@@ -53,7 +53,7 @@ check_rust() {
   local version
   version=$(apt-cache policy rustc-web | sed -n 's/^ *Candidate: //p')
   dpkg --compare-versions "$version" ge "$rust_min" ||
-    fail "apt offers rustc-web '$version', $rust_min or later is needed: add the suite bookworm-security to apt's sources"
+    fail "apt offers rustc-web '$version', $rust_min or later is needed: add bookworm-security to apt's sources"
 }
 
 install_packages() {
@@ -67,7 +67,8 @@ install_packages() {
   check_rust
   as_root env "${env[@]}" apt-get install -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Acquire::Retries=3 \
     "${missing[@]}" </dev/null 2>&1 | tee -a "$log" |
-    awk '/^Need to get/ {print "deps: " $0} /^Setting up/ {if (++n % 40 == 0) {print "deps: " n " packages set up"; fflush()}}'
+    awk '/^Need to get/ {print "deps: " $0; fflush()}
+      /^Setting up/ && ++n % 40 == 0 {print "deps: " n " packages set up"; fflush()}'
   dpkg-query -W -f='deps: ${Package} ${Version}\n' "${missing[@]}" | tee -a "$log"
 }
 

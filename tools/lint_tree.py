@@ -30,7 +30,8 @@ ARROWS = {
 HEADER_HOMES = [
     (re.compile(r"^(cuda|cublas|cub/|cutlass|flashinfer|nvtx)"), ("kernels/cuda/", "tests/")),
     (re.compile(r"^(immintrin|x86intrin|arm_neon|oneapi/dnnl|dnnl)"), ("kernels/host/", "base/", "tests/")),
-    (re.compile(r"^(grpc|google/protobuf|boost/(asio|beast)|openssl/|CLI/|toml\+\+|prometheus/)"), ("server/", "proto/", "tests/")),
+    (re.compile(r"^(grpc|google/protobuf|boost/(asio|beast)|openssl/|CLI/|toml\+\+|prometheus/)"),
+     ("server/", "proto/", "tests/")),
 ]
 
 FILE_LINES_MAX = 600
@@ -54,8 +55,8 @@ FORBIDDEN = [
 
 def tracked_files():
     # safe.directory: a checkout may belong to another user than the one who runs the checks (containers, CI).
-    out = subprocess.run(["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], check=True, text=True,
-                         stdout=subprocess.PIPE).stdout
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"]
+    out = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
     return [name for name in out.splitlines() if (ROOT / name).is_file() and not (ROOT / name).is_symlink()]
 
 

@@ -27,7 +27,8 @@ TIDY_FOLDERS = ("base/", "model/", "kernels/", "plan/", "offload/", "engine/", "
 TIDY_SKIPS = re.compile(r"<(grpc|google/protobuf|CLI/|toml\+\+)|\.pb\.h\"")
 # GCC's flags that clang does not know.
 GCC_ONLY = ("-fno-sanitize-recover=all", "-fmodules-ts", "-fmodule-mapper")
-CLANG_FLAGS = ["-Wno-unknown-warning-option", "-Wno-unused-command-line-argument", "-Wno-gnu-zero-variadic-macro-arguments"]
+CLANG_FLAGS = ["-Wno-unknown-warning-option", "-Wno-unused-command-line-argument",
+               "-Wno-gnu-zero-variadic-macro-arguments"]
 
 
 def units(mode):

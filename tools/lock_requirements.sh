@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rewrites requirements-{serve,test}.txt (exact versions, SHA-256 of every file) from the .in files. Run by hand when one changes.
+# Rewrites requirements-{serve,test}.txt (exact versions, SHA-256 of every file) from the .in files. Run by hand when
+# one changes.
 set -euo pipefail
 cd "$(dirname "$0")"
 venv=$(mktemp -d)

@@ -25,7 +25,8 @@ step "lint"
 tools/lint.sh "$reports/lint.txt"
 step "ctest"
 ctest --test-dir "$build" -j "$jobs" --output-on-failure --no-tests=error --output-junit "$reports/ctest.xml" |
-  awk '/ Passed / {if (++n % 50 == 0) {print "ctest: " n " passed"; fflush()}; next} / Start +[0-9]+:/ {next} {print; fflush()}'
+  awk '/ Passed / {if (++n % 50 == 0) {print "ctest: " n " passed"; fflush()}; next}
+    / Start +[0-9]+:/ {next} {print; fflush()}'
 ctest_code=${PIPESTATUS[0]}
 step "end to end"
 MOED_BINARY=$PWD/$build/server/moed MOED_DEMO=$PWD/models/demo .venv/bin/python -m pytest -p no:cacheprovider \
