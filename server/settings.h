@@ -84,9 +84,9 @@ struct LoadedSettings {
 
 // The settings of `moed serve`: flags over environment over the file named by --config (or MOED_CONFIG) over defaults.
 // `args`: what follows "serve"; `environment`: "NAME=value" entries, as in environ, ended by a null pointer.
-// kInvalidArgument with one line that names the key, where it was set (file:line, flag or variable) and what is allowed;
-// for an unknown key or flag, the nearest known one. Unless help or print_config is asked for, a model must be named,
-// and a host other than loopback needs a key or `insecure`.
+// kInvalidArgument with one line that names the key, where it was set (file:line, flag or variable) and what is
+// allowed; for an unknown key or flag, the nearest known one. Unless help or print_config is asked for, a model must be
+// named, and a host other than loopback needs a key or `insecure`.
 StatusOr<LoadedSettings> load_settings(std::span<const std::string> args, const char* const* environment);
 
 // What `moed serve --help` prints.

@@ -5,14 +5,11 @@
 namespace moed {
 namespace {
 
-// A template that takes longer than this has gone wrong: real ones take microseconds.
-constexpr uint64_t kRenderMilliseconds = 10'000;
-
 MoedChatLimits ffi_limits(const ChatTemplateLimits& limits) {
   return {.fuel = limits.fuel,
           .output_bytes = limits.output_bytes_max,
           .memory_bytes = limits.memory_bytes_max,
-          .milliseconds = kRenderMilliseconds};
+          .milliseconds = limits.milliseconds_max};
 }
 
 bool contains(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }

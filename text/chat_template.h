@@ -13,9 +13,10 @@ namespace moed {
 
 // Templates come with checkpoints and are not trusted: each rendering is bounded.
 struct ChatTemplateLimits {
-  uint64_t fuel = 2'000'000;                // template instructions
-  uint64_t output_bytes_max = 16ull << 20;  // of the rendered prompt
-  uint64_t memory_bytes_max = 512ull << 20; // what one rendering may hold
+  uint64_t fuel = 2'000'000;                 // template instructions
+  uint64_t output_bytes_max = 16ull << 20;   // of the rendered prompt
+  uint64_t memory_bytes_max = 512ull << 20;  // what one rendering may hold
+  uint64_t milliseconds_max = 10'000;        // of one rendering; real templates take microseconds
 };
 
 struct ChatTemplateOptions {
@@ -30,8 +31,8 @@ struct ChatTemplateOptions {
 class ChatTemplate {
  public:
   // From `model_dir`/chat_template.jinja, else tokenizer_config.json's chat_template: a string, or a list of {name,
-  // template} of which "tool_use" serves requests with tools and "default" the others. kNotFound when the checkpoint has
-  // none; kInvalidArgument, naming file and line, when it does not parse.
+  // template} of which "tool_use" serves requests with tools and "default" the others. kNotFound when the checkpoint
+  // has none; kInvalidArgument, naming file and line, when it does not parse.
   static StatusOr<std::unique_ptr<ChatTemplate>> load(const std::string& model_dir, ChatTemplateLimits limits = {});
   // A template given as text: for tests and tools. `special_tokens_json`: {"bos_token": "<s>", ...}.
   static StatusOr<std::unique_ptr<ChatTemplate>> from_source(std::string_view source,
@@ -41,8 +42,8 @@ class ChatTemplate {
   ChatTemplate(const ChatTemplate&) = delete;
   ChatTemplate& operator=(const ChatTemplate&) = delete;
 
-  // The prompt. `messages_json`: the request's array of messages. kInvalidArgument with the template's own words when it
-  // calls raise_exception, with the limit's name when it runs past one.
+  // The prompt. `messages_json`: the request's array of messages. kInvalidArgument with the template's own words when
+  // it calls raise_exception, with the limit's name when it runs past one.
   StatusOr<std::string> render(std::string_view messages_json, const ChatTemplateOptions& options) const;
 
   // Whether a "developer" message may be passed as it is; otherwise the caller makes it a "system" message.

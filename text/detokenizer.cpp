@@ -49,7 +49,8 @@ StatusOr<std::string> Detokenizer::flush() {
 StatusOr<std::string> Detokenizer::window_text(bool force) {
   const std::span<const int32_t> window(window_);
   if (window.size() == context_tokens_) return std::string();
-  MOED_ASSIGN_OR_RETURN(const std::string before, tokenizer_.decode(window.first(context_tokens_), skip_special_tokens_));
+  MOED_ASSIGN_OR_RETURN(const std::string before,
+                        tokenizer_.decode(window.first(context_tokens_), skip_special_tokens_));
   MOED_ASSIGN_OR_RETURN(std::string text, tokenizer_.decode(window, skip_special_tokens_));
   if (!force && (text.size() <= before.size() || text.ends_with(kReplacement))) return std::string();
   if (text.starts_with(before)) {

@@ -7,8 +7,8 @@
 //
 // Every function that can fail returns a MoedTextCode. When it is not MOED_TEXT_OK, `*message` holds one sentence in
 // UTF-8 and the other outputs are untouched. No function unwinds. Text goes in as pointer and size (need not end in
-// NUL, must be UTF-8, the pointer may be null when the size is 0) and comes out as MoedTextBytes, which the caller gives
-// back with moed_text_bytes_free. Handles may be used by many threads at once, and freed once, by one.
+// NUL, must be UTF-8, the pointer may be null when the size is 0) and comes out as MoedTextBytes, which the caller
+// gives back with moed_text_bytes_free. Handles may be used by many threads at once, and freed once, by one.
 
 #ifdef __cplusplus
 extern "C" {

@@ -17,8 +17,9 @@ namespace moed {
 // A checkpoint's tokenizer (Hugging Face tokenizer.json). Immutable after load: any thread may call any method.
 class Tokenizer {
  public:
-  // Reads `model_dir`/tokenizer.json, and from tokenizer_config.json (if there) which tokens are special. Symbolic links
-  // are followed. Errors name the file: kNotFound when tokenizer.json is absent, kInvalidArgument when it cannot be used.
+  // Reads `model_dir`/tokenizer.json, and from tokenizer_config.json (if there) which tokens are special. Symbolic
+  // links are followed. Errors name the file: kNotFound when tokenizer.json is absent, kInvalidArgument when it cannot
+  // be used.
   static StatusOr<std::unique_ptr<Tokenizer>> load(const std::string& model_dir);
   ~Tokenizer();
   Tokenizer(const Tokenizer&) = delete;
@@ -53,9 +54,9 @@ class Tokenizer {
   friend class Detokenizer;
 
   MoedTokenizer* handle_ = nullptr;
-  std::string bytes_;               // all tokens' bytes, one after the other
-  std::vector<uint32_t> offsets_;   // [vocab_size + 1] into bytes_
-  std::vector<uint8_t> flags_;      // [vocab_size]; bit 0: names a token, bit 1: special
+  std::string bytes_;              // all tokens' bytes, one after the other
+  std::vector<uint32_t> offsets_;  // [vocab_size + 1] into bytes_
+  std::vector<uint8_t> flags_;     // [vocab_size]; bit 0: names a token, bit 1: special
   int32_t longest_token_bytes_ = 0;
   bool byte_level_ = false;
 };
@@ -73,7 +74,8 @@ class Detokenizer {
   // Ids that name no token (the padded rows of a model) add nothing; a negative one is kInvalidArgument.
   // The text that became certain with `token`; often empty, since a character may take several tokens.
   StatusOr<std::string> push(int32_t token);
-  // What is left at the end of the answer; a broken tail becomes U+FFFD. After it, only push() of a new answer's tokens.
+  // What is left at the end of the answer; a broken tail becomes U+FFFD. After it, only push() of a new answer's
+  // tokens.
   StatusOr<std::string> flush();
 
  private:
@@ -81,8 +83,8 @@ class Detokenizer {
 
   const Tokenizer& tokenizer_;
   bool skip_special_tokens_;
-  std::string pending_;           // byte-level: bytes that may begin a character
-  std::vector<int32_t> window_;   // others: context [0, context_tokens_) whose text was sent, then tokens held
+  std::string pending_;          // byte-level: bytes that may begin a character
+  std::vector<int32_t> window_;  // others: context [0, context_tokens_) whose text was sent, then tokens held
   size_t context_tokens_ = 0;
 };
 
