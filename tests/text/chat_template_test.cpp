@@ -212,11 +212,11 @@ TEST(HostileTemplateTest, TimeIsBounded) {
   const auto chat = from_source(
       "{% set s = 'x' * 10000000 %}{% for i in range(messages | length) %}"
       "{% if s | length == 1 %}{% endif %}{% endfor %}ok",
-      {.fuel = 100'000'000, .milliseconds_max = 20});
+      {.fuel = 100'000'000, .milliseconds_max = 1000});
   ASSERT_NE(chat, nullptr);
   std::string messages = "[0";
-  for (int i = 0; i < 500; ++i) messages += ",0";
-  expect_refused(chat->render(messages + "]", {}), "limit of 0.02 s");
+  for (int i = 0; i < 10'000; ++i) messages += ",0";
+  expect_refused(chat->render(messages + "]", {}), "limit of 1 s");
 }
 
 TEST(ChatTemplateTest, ManyThreadsAtOnce) {
