@@ -8,8 +8,7 @@
 
 #include "base/log.h"
 #include "base/thread_pool.h"
-#include "engine/hybrid_engine.h"
-#include "kernels/device.h"
+#include "engine/open_engine.h"
 #include "model/tensor_source.h"
 #include "model/weights.h"
 #include "offload/expert_store.h"
@@ -24,30 +23,24 @@ constexpr uint64_t kDummySeed = 1;
 
 class LoadedBackend final : public Backend {
  public:
-  LoadedBackend(DenseWeights weights, ExpertStore experts, std::unique_ptr<Device> device, MemoryBudget budget,
-                StepModel prior)
-      : weights_(std::move(weights)),
-        experts_(std::move(experts)),
-        device_(std::move(device)),
-        budget_(std::move(budget)),
-        prior_(prior) {}
+  LoadedBackend(DenseWeights weights, ExpertStore experts, MemoryBudget budget, StepModel prior)
+      : weights_(std::move(weights)), experts_(std::move(experts)), budget_(std::move(budget)), prior_(prior) {}
 
-  Status make(const Model& model, const EngineConfig& config) {
-    MOED_ASSIGN_OR_RETURN(engine_, make_engine(model, weights_, experts_, *device_, config));
+  Status open(const Model& model, const DeviceSpec& device, const EngineConfig& config) {
+    MOED_ASSIGN_OR_RETURN(opened_, OpenedEngine::open(model, weights_, experts_, device, config));
     return Status();
   }
-  Engine& engine() override { return *engine_; }
+  Engine& engine() override { return opened_->engine(); }
   const MemoryBudget& budget() const override { return budget_; }
   StepModel prior() const override { return prior_; }
-  std::string device_description() const override { return std::string(device_->description()); }
+  std::string device_description() const override { return std::string(opened_->description()); }
 
  private:
   DenseWeights weights_;
   ExpertStore experts_;
-  std::unique_ptr<Device> device_;
   MemoryBudget budget_;
   StepModel prior_;
-  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<OpenedEngine> opened_;
 };
 
 int64_t meminfo_bytes(const std::string& key) {
@@ -102,12 +95,6 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   MOED_ASSIGN_OR_RETURN(MemoryBudget budget, memory_budget(model.config, limits, machine_memory()));
   spdlog::info("memory: {}", budget.describe());
 
-  DeviceOptions options;
-  options.num_threads = static_cast<int>(settings.device.threads);
-  options.deterministic = settings.device.deterministic;
-  MOED_ASSIGN_OR_RETURN(auto device, open_device(settings.device.device, options));
-  spdlog::info("device: {}", device->description());
-
   const int64_t total = budget.dense_weight_bytes + budget.expert_weight_bytes;
   MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, [&](int64_t bytes) {
                           progress(std::min(bytes, total), total);
@@ -123,11 +110,15 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   config.max_model_len = budget.max_model_len;
   config.kv_blocks = budget.kv_blocks;
   config.block_tokens = kKvBlockTokens;
-  const int threads = options.num_threads > 0 ? options.num_threads : default_compute_threads();
+  DeviceSpec device;
+  device.device = settings.device.device;
+  device.num_threads = static_cast<int>(settings.device.threads);
+  device.deterministic = settings.device.deterministic;
+  const int threads = device.num_threads > 0 ? device.num_threads : default_compute_threads();
   const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, kPriorFlopsPerUsPerThread * threads);
-  auto backend = std::make_unique<LoadedBackend>(std::move(weights), std::move(experts), std::move(device),
-                                                 std::move(budget), prior);
-  MOED_RETURN_IF_ERROR(backend->make(model, config));
+  auto backend = std::make_unique<LoadedBackend>(std::move(weights), std::move(experts), std::move(budget), prior);
+  MOED_RETURN_IF_ERROR(backend->open(model, device, config));
+  spdlog::info("device: {}", backend->device_description());
   return std::unique_ptr<Backend>(std::move(backend));
 }
 
