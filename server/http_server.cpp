@@ -1,0 +1,523 @@
+#include "server/http_server.h"
+
+#include <fcntl.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <atomic>
+#include <boost/asio.hpp>
+#include <boost/asio/experimental/awaitable_operators.hpp>
+#include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/core/tcp_stream.hpp>
+#include <boost/beast/http/parser.hpp>
+#include <boost/beast/http/read.hpp>
+#include <boost/beast/http/string_body.hpp>
+#include <chrono>
+#include <condition_variable>
+#include <ctime>
+#include <mutex>
+#include <set>
+#include <thread>
+
+#include "base/log.h"
+#include "server/http_wire.h"
+
+namespace moed {
+
+namespace asio = boost::asio;
+namespace beast = boost::beast;
+namespace http = beast::http;
+using asio::awaitable;
+using boost::system::error_code;
+using tcp = asio::ip::tcp;
+using Clock = std::chrono::steady_clock;
+using Parser = http::request_parser<http::string_body>;
+
+namespace {
+
+using namespace asio::experimental::awaitable_operators;  // NOLINT: operator||
+
+constexpr auto kTuple = asio::as_tuple(asio::use_awaitable);
+constexpr size_t kWriteBytes = 256 << 10;      // one write, and so what a slow client must take in write_seconds
+constexpr size_t kPipelineBytes = 64 << 10;    // read ahead of the answer under way
+constexpr size_t kInlineBodyBytes = 64 << 10;  // larger bodies are parsed off the I/O threads
+constexpr int64_t kLingerBytes =
+    256ll << 20;  // of a refused body, read and thrown away so that the client sees the answer
+constexpr auto kLingerTime = std::chrono::seconds(5);
+
+Clock::duration seconds(double value) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
+}
+
+class Connection;
+
+// What connections share with the server.
+struct Shared {
+  HttpServerOptions options;
+  HttpHandler* handler = nullptr;
+  asio::thread_pool workers{1};
+  std::atomic<bool> closing{false};
+  std::mutex mutex;
+  std::condition_variable none_left;
+  std::set<Connection*> connections;  // under mutex
+};
+
+// Lets any thread wake the coroutine of one answer. Outlives the connection: a late wake does nothing.
+class Waker : public std::enable_shared_from_this<Waker> {
+ public:
+  Waker(std::shared_ptr<asio::io_context> context, const asio::any_io_executor& strand)
+      : context_(std::move(context)), timer_(strand) {}
+
+  void wake() {
+    if (posted_.exchange(true, std::memory_order_acq_rel)) return;
+    asio::post(timer_.get_executor(), [self = shared_from_this()] {
+      self->posted_.exchange(false, std::memory_order_acq_rel);
+      self->signalled_ = true;
+      self->timer_.cancel();
+    });
+  }
+
+  // On the strand. False: nothing came within `timeout`, or the coroutine was cancelled.
+  awaitable<bool> wait(Clock::duration timeout) {
+    if (!signalled_) {
+      timer_.expires_after(timeout);
+      co_await timer_.async_wait(kTuple);
+    }
+    const bool was_signalled = signalled_;
+    signalled_ = false;
+    co_return was_signalled;
+  }
+
+ private:
+  std::shared_ptr<asio::io_context> context_;  // first member: the timer dies before it
+  asio::steady_timer timer_;
+  std::atomic<bool> posted_{false};
+  bool signalled_ = false;  // strand only
+};
+
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  Connection(tcp::socket socket, std::shared_ptr<asio::io_context> context, Shared& shared)
+      : stream_(std::move(socket)),
+        context_(std::move(context)),
+        shared_(shared),
+        buffer_(static_cast<size_t>(shared.options.header_bytes_max) + 2 * kPipelineBytes) {
+    const std::lock_guard lock(shared_.mutex);
+    shared_.connections.insert(this);
+  }
+  ~Connection() {
+    const std::lock_guard lock(shared_.mutex);
+    shared_.connections.erase(this);
+    if (shared_.connections.empty()) shared_.none_left.notify_all();
+  }
+
+  awaitable<void> run(bool over_limit);
+
+  // From any thread, under shared.mutex: closes now, or (`idle_only`) if no request is being served.
+  void close(bool idle_only) {
+    asio::post(stream_.get_executor(), [weak = weak_from_this(), idle_only] {
+      const auto self = weak.lock();
+      if (self && !(idle_only && self->busy_)) self->stream_.close();
+    });
+  }
+
+ private:
+  enum class Next { kRequest, kClose, kLinger };
+
+  awaitable<Next> serve_one();
+  awaitable<bool> wait_for_request();
+  awaitable<Next> read_body(Parser& parser, HttpRequest& request);
+  awaitable<Next> refuse(int status, std::string message, const HttpRequest* request);
+  awaitable<Next> answer(HttpRequest request);
+  awaitable<bool> pump(HttpTask& task, const HttpRequest& request, Waker& waker);
+  awaitable<bool> pump_stream(HttpTask& task, Waker& waker);
+  awaitable<void> client_gone();
+  awaitable<bool> send(HttpReply reply, const HttpRequest* request, bool streaming);
+  awaitable<bool> write(std::string_view bytes);
+  awaitable<void> linger();
+  bool keep_alive() const { return keep_alive_ && !shared_.closing.load(std::memory_order_relaxed); }
+
+  beast::tcp_stream stream_;
+  std::shared_ptr<asio::io_context> context_;
+  Shared& shared_;
+  beast::flat_buffer buffer_;
+  bool busy_ = false;
+  bool keep_alive_ = false;  // of the request under way
+  bool http_1_0_ = false;
+};
+
+awaitable<void> Connection::run(bool over_limit) {
+  co_await asio::this_coro::throw_if_cancelled(false);
+  Next next = Next::kRequest;
+  if (over_limit) {
+    next = co_await refuse(503, "too many connections; the limit is connections_max", nullptr);
+  } else {
+    while (next == Next::kRequest) next = co_await serve_one();
+  }
+  if (next == Next::kLinger) co_await linger();
+  error_code ignored;
+  stream_.socket().shutdown(tcp::socket::shutdown_both, ignored);
+  stream_.close();
+}
+
+// True when the first byte of a request is in the buffer.
+awaitable<bool> Connection::wait_for_request() {
+  busy_ = false;
+  if (shared_.closing.load()) co_return false;
+  if (buffer_.size() > 0) co_return true;
+  stream_.expires_after(seconds(shared_.options.idle_seconds));
+  const auto [error, count] = co_await stream_.async_read_some(buffer_.prepare(4096), kTuple);
+  if (error) co_return false;
+  buffer_.commit(count);
+  co_return true;
+}
+
+HttpRequest head_of(const Parser& parser) {
+  HttpRequest request;
+  const auto& message = parser.get();
+  request.method = std::string(message.method_string());
+  split_target(std::string(message.target()), request);
+  for (const auto& field : message) {
+    request.headers.emplace_back(lower_case(std::string_view(field.name_string().data(), field.name_string().size())),
+                                 std::string(field.value()));
+  }
+  return request;
+}
+
+awaitable<Connection::Next> Connection::serve_one() {
+  if (!co_await wait_for_request()) co_return Next::kClose;
+  busy_ = true;
+  const HttpServerOptions& options = shared_.options;
+  Parser parser;
+  parser.header_limit(static_cast<uint32_t>(options.header_bytes_max));
+  parser.body_limit(boost::none);  // lengths are checked after the route
+  stream_.expires_after(seconds(options.header_seconds));
+  const auto [error, count] = co_await http::async_read_header(stream_, buffer_, parser, kTuple);
+  stream_.expires_never();
+  if (error) {
+    keep_alive_ = false;
+    if (error == http::error::header_limit || error == http::error::buffer_overflow) {
+      co_return co_await refuse(431, "the request's headers are larger than header_bytes_max", nullptr);
+    }
+    if (error.category() != make_error_code(http::error::bad_method).category() ||
+        error == http::error::end_of_stream || error == http::error::partial_message) {
+      co_return Next::kClose;
+    }
+    co_return co_await refuse(400, "not an HTTP/1.1 request: " + error.message(), nullptr);
+  }
+  keep_alive_ = parser.keep_alive();
+  http_1_0_ = parser.get().version() < 11;
+  HttpRequest request = head_of(parser);
+  if (std::optional<HttpReply> refusal = shared_.handler->admit(request)) {
+    const bool unread = parser.chunked() || parser.content_length().value_or(0) > 0;
+    if (unread) keep_alive_ = false;
+    if (!co_await send(std::move(*refusal), &request, false)) co_return Next::kClose;
+    co_return unread ? Next::kLinger : keep_alive() ? Next::kRequest : Next::kClose;
+  }
+  if (const Next next = co_await read_body(parser, request); next != Next::kRequest) co_return next;
+  co_return co_await answer(std::move(request));
+}
+
+awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& request) {
+  const HttpServerOptions& options = shared_.options;
+  const auto limit = static_cast<uint64_t>(options.body_bytes_max);
+  const std::string too_long =
+      "the request's body is larger than " + std::to_string(options.body_bytes_max) + " bytes (body_bytes_max)";
+  if (parser.content_length().value_or(0) > limit) co_return co_await refuse(413, too_long, &request);
+  parser.body_limit(limit);
+  if (lower_case(request.header("expect")) == "100-continue" && !parser.is_done()) {
+    if (!co_await write("HTTP/1.1 100 Continue\r\n\r\n")) co_return Next::kClose;
+  }
+  asio::steady_timer deadline(stream_.get_executor(), seconds(options.body_seconds));
+  stream_.expires_never();
+  auto outcome = co_await (http::async_read(stream_, buffer_, parser, kTuple) || deadline.async_wait(kTuple));
+  if (outcome.index() == 1) {
+    co_return co_await refuse(408, "the request's body did not arrive within body_seconds", &request);
+  }
+  const error_code error = std::get<0>(std::get<0>(outcome));
+  if (error == http::error::body_limit) co_return co_await refuse(413, too_long, &request);
+  if (error.category() == make_error_code(http::error::bad_method).category() &&
+      error != http::error::partial_message && error != http::error::end_of_stream) {
+    co_return co_await refuse(400, "the request's body is not well-formed: " + error.message(), &request);
+  }
+  if (error) co_return Next::kClose;
+  request.body = std::move(parser.get().body());
+  co_return Next::kRequest;
+}
+
+awaitable<Connection::Next> Connection::refuse(int status, std::string message, const HttpRequest* request) {
+  keep_alive_ = false;
+  const bool sent = co_await send(shared_.handler->refuse(status, message), request, false);
+  co_return sent ? Next::kLinger : Next::kClose;
+}
+
+awaitable<Connection::Next> Connection::answer(HttpRequest request) {
+  const auto waker = std::make_shared<Waker>(context_, stream_.get_executor());
+  const auto wake = [waker] { waker->wake(); };
+  std::string body = std::move(request.body);
+  request.body.clear();
+  const HttpRequest head = request;
+  request.body = std::move(body);
+  std::unique_ptr<HttpTask> task;
+  if (request.body.size() > kInlineBodyBytes) {
+    HttpHandler* const handler = shared_.handler;
+    auto parse = [handler, &request, &wake]() -> awaitable<std::unique_ptr<HttpTask>> {
+      co_return handler->handle(std::move(request), wake);
+    };
+    task = co_await asio::co_spawn(shared_.workers, parse, asio::use_awaitable);
+  } else {
+    task = shared_.handler->handle(std::move(request), wake);
+  }
+  auto outcome = co_await (pump(*task, head, *waker) || client_gone());
+  const bool complete = outcome.index() == 0 && std::get<0>(outcome);
+  task.reset();
+  co_return complete&& keep_alive() ? Next::kRequest : Next::kClose;
+}
+
+// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: a cancellation comes
+// once.
+awaitable<bool> is_cancelled() {
+  const asio::cancellation_state state = co_await asio::this_coro::cancellation_state;
+  co_return state.cancelled() != asio::cancellation_type::none;
+}
+
+awaitable<bool> Connection::pump(HttpTask& task, const HttpRequest& request, Waker& waker) {
+  co_await asio::this_coro::throw_if_cancelled(false);
+  std::optional<HttpReply> reply = task.reply();
+  while (!reply) {
+    co_await waker.wait(std::chrono::hours(1));
+    if (co_await is_cancelled()) co_return false;
+    reply = task.reply();
+  }
+  const bool streaming = task.streaming();
+  if (!co_await send(std::move(*reply), &request, streaming)) co_return false;
+  if (!streaming) co_return true;  // GCC 12 miscompiles a co_await behind ||
+  co_return co_await pump_stream(task, waker);
+}
+
+awaitable<bool> Connection::pump_stream(HttpTask& task, Waker& waker) {
+  const bool chunked = !http_1_0_;
+  std::string piece;
+  for (bool more = true; more;) {
+    piece.clear();
+    more = task.read(piece);
+    if (more && piece.empty()) {
+      if (co_await is_cancelled()) co_return false;
+      if (co_await waker.wait(seconds(shared_.options.ping_seconds))) continue;
+      if (co_await is_cancelled()) co_return false;
+      piece = task.ping();
+      if (piece.empty()) continue;
+    }
+    if (piece.empty()) continue;
+    if (chunked) piece = chunk_of(piece);
+    if (!co_await write(piece)) co_return false;
+  }
+  if (!chunked) {
+    keep_alive_ = false;
+    co_return true;
+  }
+  co_return co_await write("0\r\n\r\n");
+}
+
+// Ends when the client closed or reset. Bytes of a pipelined request are kept for it.
+awaitable<void> Connection::client_gone() {
+  co_await asio::this_coro::throw_if_cancelled(false);
+  tcp::socket& socket = stream_.socket();
+  while (buffer_.size() < kPipelineBytes) {
+    const auto [error] = co_await socket.async_wait(tcp::socket::wait_read, kTuple);
+    if (error) co_return;
+    const auto space = buffer_.prepare(4096);
+    const ssize_t count = ::recv(socket.native_handle(), space.data(), space.size(), MSG_DONTWAIT);
+    if (count == 0) co_return;
+    if (count > 0) {
+      buffer_.commit(static_cast<size_t>(count));
+    } else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
+      co_return;
+    }
+  }
+  asio::steady_timer forever(co_await asio::this_coro::executor, Clock::time_point::max());
+  co_await forever.async_wait(kTuple);
+}
+
+awaitable<bool> Connection::send(HttpReply reply, const HttpRequest* request, bool streaming) {
+  shared_.handler->finish_reply(request, reply);
+  if (streaming && http_1_0_) keep_alive_ = false;
+  const Framing framing{.streaming = streaming,
+                        .chunked = streaming && !http_1_0_,
+                        .keep_alive = keep_alive(),
+                        .http_1_0 = http_1_0_,
+                        .head_only = request != nullptr && request->method == "HEAD"};
+  const std::string bytes = reply_bytes(reply, framing, std::time(nullptr));
+  co_return co_await write(bytes);
+}
+
+awaitable<bool> Connection::write(std::string_view bytes) {
+  while (!bytes.empty()) {
+    const size_t count = std::min(bytes.size(), kWriteBytes);
+    stream_.expires_after(seconds(shared_.options.write_seconds));
+    const auto [error, written] = co_await asio::async_write(stream_, asio::buffer(bytes.data(), count), kTuple);
+    stream_.expires_never();
+    if (error) co_return false;
+    bytes.remove_prefix(count);
+  }
+  co_return true;
+}
+
+// Closing with unread bytes would reset the connection, and the client might never see the answer.
+awaitable<void> Connection::linger() {
+  error_code ignored;
+  stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
+  stream_.expires_after(kLingerTime);
+  std::vector<char> scratch(64 << 10);
+  for (int64_t left = kLingerBytes; left > 0;) {
+    const auto [error, count] = co_await stream_.async_read_some(asio::buffer(scratch), kTuple);
+    if (error) co_return;
+    left -= static_cast<int64_t>(count);
+  }
+}
+
+// A socket of `endpoint` that listens; the error says why not.
+std::optional<tcp::acceptor> listen_on(asio::io_context& context, const tcp::endpoint& endpoint, error_code& error) {
+  tcp::acceptor acceptor(asio::make_strand(context));  // a strand, because shutdown closes it from another thread
+  acceptor.open(endpoint.protocol(), error);
+  if (!error) acceptor.set_option(tcp::acceptor::reuse_address(true), error);
+  if (!error && endpoint.address().is_v6()) {
+    acceptor.set_option(asio::ip::v6_only(!endpoint.address().is_unspecified()), error);
+  }
+  if (!error) acceptor.bind(endpoint, error);
+  if (!error) acceptor.listen(1024, error);
+  if (error) return std::nullopt;
+  ::fcntl(acceptor.native_handle(), F_SETFD, FD_CLOEXEC);
+  return acceptor;
+}
+
+}  // namespace
+
+struct HttpServer::State {
+  std::shared_ptr<asio::io_context> context = std::make_shared<asio::io_context>();
+  Shared shared;
+  std::vector<std::unique_ptr<tcp::acceptor>> acceptors;
+  std::vector<std::string> addresses;
+  int port = 0;
+  std::optional<asio::executor_work_guard<asio::io_context::executor_type>> work;
+  std::vector<std::thread> threads;
+
+  Status listen();
+  awaitable<void> accept(tcp::acceptor& acceptor);
+};
+
+Status HttpServer::State::listen() {
+  const HttpServerOptions& options = shared.options;
+  const std::string where = options.host + ":" + std::to_string(options.port);
+  error_code error;
+  tcp::resolver resolver(*context);
+  const std::string host = options.host == "localhost" ? "127.0.0.1" : options.host;
+  const auto found = resolver.resolve(host, std::to_string(options.port), tcp::resolver::passive, error);
+  if (error || found.empty()) {
+    return Status(StatusCode::kUnavailable, "cannot listen on " + where + ": " + error.message(), "host");
+  }
+  const tcp::endpoint wanted = found.begin()->endpoint();
+  auto first = listen_on(*context, wanted, error);
+  if (!first)
+    return Status(StatusCode::kUnavailable, "cannot listen on " + where + ": " + error.message(), "http_port");
+  port = first->local_endpoint().port();
+  acceptors.push_back(std::make_unique<tcp::acceptor>(std::move(*first)));
+  if (wanted.address() == asio::ip::address_v4::loopback()) {
+    // Clients that say "localhost" may try ::1 first. A machine without IPv6 has no ::1: that is no error.
+    auto second = listen_on(*context, {asio::ip::address_v6::loopback(), static_cast<uint16_t>(port)}, error);
+    if (second) acceptors.push_back(std::make_unique<tcp::acceptor>(std::move(*second)));
+  }
+  for (const auto& acceptor : acceptors) {
+    const tcp::endpoint endpoint = acceptor->local_endpoint();
+    const std::string address = endpoint.address().to_string();
+    addresses.push_back((endpoint.address().is_v6() ? "[" + address + "]" : address) + ":" + std::to_string(port));
+  }
+  return Status();
+}
+
+awaitable<void> HttpServer::State::accept(tcp::acceptor& acceptor) {
+  while (acceptor.is_open()) {
+    const auto strand = asio::make_strand(*context);
+    auto [error, socket] = co_await acceptor.async_accept(strand, kTuple);
+    if (error == asio::error::operation_aborted || error == asio::error::bad_descriptor) co_return;
+    if (error) {  // no descriptors left, mostly: wait until some are closed
+      asio::steady_timer pause(co_await asio::this_coro::executor, std::chrono::milliseconds(100));
+      co_await pause.async_wait(kTuple);
+      continue;
+    }
+    error_code ignored;
+    socket.set_option(tcp::no_delay(true), ignored);
+    int64_t count = 0;
+    {
+      const std::lock_guard lock(shared.mutex);
+      count = static_cast<int64_t>(shared.connections.size());
+    }
+    const bool over_limit = count >= shared.options.connections_max;
+    const auto connection = std::make_shared<Connection>(std::move(socket), context, shared);
+    auto run = [connection, over_limit]() -> awaitable<void> { co_await connection->run(over_limit); };
+    asio::co_spawn(strand, std::move(run), [](std::exception_ptr failure) {
+      if (!failure) return;
+      try {
+        std::rethrow_exception(failure);
+      } catch (const std::exception& exception) {
+        spdlog::error("http: connection ended by an exception: {}", exception.what());
+      }
+    });
+  }
+}
+
+StatusOr<std::unique_ptr<HttpServer>> HttpServer::start(const HttpServerOptions& options, HttpHandler& handler) {
+  auto state = std::make_unique<State>();
+  state->shared.options = options;
+  state->shared.handler = &handler;
+  MOED_RETURN_IF_ERROR(state->listen());
+  state->work.emplace(asio::make_work_guard(*state->context));
+  for (const auto& acceptor : state->acceptors) {
+    State* const raw = state.get();
+    tcp::acceptor* const listening = acceptor.get();
+    auto loop = [raw, listening]() -> awaitable<void> { co_await raw->accept(*listening); };
+    asio::co_spawn(listening->get_executor(), std::move(loop), asio::detached);
+  }
+  for (int i = 0; i < std::max(1, options.num_threads); ++i) {
+    state->threads.emplace_back([context = state->context.get()] { context->run(); });
+  }
+  return std::unique_ptr<HttpServer>(new HttpServer(std::move(state)));
+}
+
+HttpServer::HttpServer(std::unique_ptr<State> state) : state_(std::move(state)) {}
+HttpServer::~HttpServer() { shutdown(0); }
+
+int HttpServer::port() const { return state_->port; }
+std::vector<std::string> HttpServer::addresses() const { return state_->addresses; }
+
+int64_t HttpServer::num_connections() const {
+  const std::lock_guard lock(state_->shared.mutex);
+  return static_cast<int64_t>(state_->shared.connections.size());
+}
+
+void HttpServer::shutdown(double grace_seconds) {
+  if (state_->threads.empty()) return;
+  Shared& shared = state_->shared;
+  shared.closing.store(true);
+  for (const auto& acceptor : state_->acceptors) {
+    asio::post(acceptor->get_executor(), [raw = acceptor.get()] {
+      error_code ignored;
+      raw->close(ignored);
+    });
+  }
+  auto deadline = Clock::now() + seconds(grace_seconds);
+  std::unique_lock lock(shared.mutex);
+  bool cut = false;
+  while (!shared.connections.empty()) {
+    if (!cut && Clock::now() >= deadline) cut = true;
+    for (Connection* const connection : shared.connections) connection->close(!cut);
+    shared.none_left.wait_for(lock, std::chrono::milliseconds(50));
+  }
+  lock.unlock();
+  state_->work.reset();
+  for (std::thread& thread : state_->threads) thread.join();
+  state_->threads.clear();
+  shared.workers.join();
+}
+
+}  // namespace moed

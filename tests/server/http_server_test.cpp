@@ -1,0 +1,369 @@
+#include "server/http_server.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+
+#include "http_socket.h"
+#include "server/http_wire.h"
+
+namespace moed {
+namespace {
+
+using namespace std::chrono_literals;  // NOLINT
+
+// Serves: /echo (the body), /slow (after 50 ms, from another thread), /never, /stream/N (N events, one a millisecond),
+// /silent (a stream of nothing), /flood (a stream without end).
+class TestHandler : public HttpHandler {
+ public:
+  std::atomic<int> alive{0}, handled{0}, bodies_seen{0};
+
+  std::optional<HttpReply> admit(HttpRequest& request) override {
+    if (request.path == "/missing") return HttpReply{.status = 404, .body = "no such route"};
+    return std::nullopt;
+  }
+  HttpReply refuse(int status, const std::string& message) override {
+    return HttpReply{.status = status, .content_type = "text/plain", .body = message};
+  }
+  void finish_reply(const HttpRequest* request, HttpReply& reply) override {
+    if (request != nullptr) reply.headers.emplace_back("X-Path", request->path);
+  }
+  std::unique_ptr<HttpTask> handle(HttpRequest request, std::function<void()> wake) override {
+    ++handled;
+    if (!request.body.empty()) ++bodies_seen;
+    return std::make_unique<Task>(*this, std::move(request), std::move(wake));
+  }
+
+ private:
+  class Task : public HttpTask {
+   public:
+    Task(TestHandler& owner, HttpRequest request, std::function<void()> wake)
+        : owner_(owner), request_(std::move(request)), wake_(std::move(wake)) {
+      ++owner_.alive;
+      if (request_.path == "/slow" || request_.path.starts_with("/stream/")) {
+        worker_ = std::thread([this] {
+          std::this_thread::sleep_for(request_.path == "/slow" ? 50ms : 1ms);
+          const int events = request_.path == "/slow" ? 1 : std::stoi(request_.path.substr(8));
+          for (int i = 0; i < events && !stop_; ++i) {
+            {
+              const std::lock_guard lock(mutex_);
+              ready_ += "data: " + std::to_string(i) + "\n\n";
+            }
+            wake_();
+            std::this_thread::sleep_for(1ms);
+          }
+          finished_ = true;
+          wake_();
+        });
+      }
+    }
+    ~Task() override {
+      stop_ = true;
+      if (worker_.joinable()) worker_.join();
+      --owner_.alive;
+    }
+    bool streaming() const override {
+      return request_.path.starts_with("/stream/") || request_.path == "/flood" || request_.path == "/silent";
+    }
+    std::string_view ping() const override { return ": ping\n\n"; }
+    std::optional<HttpReply> reply() override {
+      if (request_.path == "/never") return std::nullopt;
+      if (streaming()) return HttpReply{.content_type = "text/event-stream"};
+      if (request_.path == "/slow" && !finished_) return std::nullopt;
+      return HttpReply{.content_type = "text/plain", .body = request_.path == "/echo" ? request_.body : request_.path};
+    }
+    bool read(std::string& out) override {
+      if (request_.path == "/flood") {
+        out.append(64 << 10, 'x');
+        return true;
+      }
+      if (request_.path == "/silent") return true;
+      const bool finished = finished_;
+      const std::lock_guard lock(mutex_);
+      out += std::exchange(ready_, {});
+      return !finished;
+    }
+
+   private:
+    TestHandler& owner_;
+    HttpRequest request_;
+    std::function<void()> wake_;
+    std::thread worker_;
+    std::mutex mutex_;
+    std::string ready_;
+    std::atomic<bool> stop_{false}, finished_{false};
+  };
+};
+
+class HttpServerTest : public testing::Test {
+ protected:
+  void start(HttpServerOptions options = {}) {
+    auto server = HttpServer::start(options, handler_);
+    ASSERT_TRUE(server.ok()) << server.status().message();
+    server_ = std::move(server).value();
+  }
+  bool eventually(const std::function<bool()>& holds, double seconds = 5) {
+    for (int i = 0; i < seconds * 200; ++i) {
+      if (holds()) return true;
+      std::this_thread::sleep_for(5ms);
+    }
+    return holds();
+  }
+  static std::string post(const std::string& path, const std::string& body, const std::string& headers = "") {
+    return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Length: " + std::to_string(body.size()) + "\r\n" +
+           headers + "\r\n" + body;
+  }
+  static std::string get(const std::string& path, const std::string& headers = "") {
+    return "GET " + path + " HTTP/1.1\r\nHost: x\r\n" + headers + "\r\n";
+  }
+  static std::string body_of(const std::string& reply) { return reply.substr(reply.find("\r\n\r\n") + 4); }
+
+  TestHandler handler_;
+  std::unique_ptr<HttpServer> server_;
+};
+
+TEST_F(HttpServerTest, KeepsTheConnectionAndEchoesPlainAndChunkedBodies) {
+  start();
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(post("/echo", "hello")));
+  const std::string first = client.read_reply();
+  EXPECT_TRUE(first.starts_with("HTTP/1.1 200 OK\r\n")) << first;
+  EXPECT_NE(first.find("X-Path: /echo\r\n"), std::string::npos);
+  EXPECT_EQ(body_of(first), "hello");
+  ASSERT_TRUE(client.send(
+      "POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n"));
+  EXPECT_EQ(body_of(client.read_reply()), "abcde");
+  const std::string large(300 << 10, 'z');  // off the I/O threads
+  ASSERT_TRUE(client.send(post("/echo", large)));
+  EXPECT_EQ(body_of(client.read_reply()), large);
+}
+
+TEST_F(HttpServerTest, AnswersPipelinedRequestsInOrder) {
+  start();
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(get("/slow") + get("/b") + post("/echo", "c") + get("/slow") + get("/e")));
+  for (const char* const expected : {"/slow", "/b", "c", "/slow", "/e"})
+    EXPECT_EQ(body_of(client.read_reply()), expected);
+}
+
+TEST_F(HttpServerTest, StreamsInChunksAndKeepsTheConnectionAfterwards) {
+  start();
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(get("/stream/20")));
+  const std::string reply = client.read_until("\r\n0\r\n\r\n");
+  EXPECT_NE(reply.find("Transfer-Encoding: chunked"), std::string::npos);
+  size_t at = 0;
+  for (int i = 0; i < 20; ++i) {
+    at = reply.find("data: " + std::to_string(i) + "\n\n", at);
+    ASSERT_NE(at, std::string::npos) << i << " in " << reply;
+  }
+  ASSERT_TRUE(client.send(get("/after")));
+  EXPECT_EQ(body_of(client.read_reply()), "/after");
+  EXPECT_TRUE(eventually([&] { return handler_.alive == 0; }));
+}
+
+TEST_F(HttpServerTest, PingsASilentStream) {
+  start({.ping_seconds = 0.05});
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(get("/silent")));
+  EXPECT_NE(client.read_until(": ping\n\n\r\n").find("8\r\n: ping"), std::string::npos);
+  EXPECT_EQ(client.read_until(": ping\n\n\r\n"), "8\r\n: ping\n\n\r\n");
+}
+
+TEST_F(HttpServerTest, AnOldClientGetsItsStreamUnchunked) {
+  start();
+  HttpSocket old(server_->port());
+  ASSERT_TRUE(old.send("GET /stream/3 HTTP/1.0\r\n\r\n"));
+  const std::string reply = old.read_all();
+  EXPECT_TRUE(old.closed());
+  EXPECT_EQ(reply.find("chunked"), std::string::npos);
+  EXPECT_EQ(body_of(reply), "data: 0\n\ndata: 1\n\ndata: 2\n\n");
+}
+
+TEST_F(HttpServerTest, ClientsThatLeaveEndTheirTasks) {
+  start();
+  for (const char* const path : {"/never", "/stream/100000", "/silent", "/flood"}) {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send(get(path)));
+    ASSERT_TRUE(eventually([&] { return handler_.alive == 1; })) << path;
+    std::this_thread::sleep_for(20ms);
+    client.close();
+    EXPECT_TRUE(eventually([&] { return handler_.alive == 0; })) << path;
+  }
+  // Seen even with a pipelined request waiting behind the answer.
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(get("/never") + get("/b")));
+  ASSERT_TRUE(eventually([&] { return handler_.alive == 1; }));
+  client.close();
+  EXPECT_TRUE(eventually([&] { return handler_.alive == 0; }));
+}
+
+TEST_F(HttpServerTest, ASlowReaderIsDropped) {
+  start({.write_seconds = 0.2});
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(get("/flood")));
+  ASSERT_TRUE(eventually([&] { return handler_.alive == 1; }));
+  EXPECT_TRUE(eventually([&] { return handler_.alive == 0; }, 10));
+}
+
+TEST_F(HttpServerTest, RefusesBeforeTheBodyIsRead) {
+  start({.body_bytes_max = 1000});
+  {
+    HttpSocket client(server_->port());  // route before length
+    ASSERT_TRUE(client.send("POST /missing HTTP/1.1\r\nHost: x\r\nContent-Length: 999999999\r\n\r\n"));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 404 "));
+  }
+  {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\nExpect: 100-continue\r\n\r\n"));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 413 ")) << "length before 100-continue";
+  }
+  {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nExpect: 100-continue\r\n\r\n"));
+    EXPECT_EQ(client.read_until("\r\n\r\n"), "HTTP/1.1 100 Continue\r\n\r\n");
+    ASSERT_TRUE(client.send("abc"));
+    EXPECT_EQ(body_of(client.read_reply()), "abc");
+  }
+  {
+    HttpSocket client(server_->port());  // chunked, too long
+    ASSERT_TRUE(client.send("POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n400\r\n" +
+                            std::string(1024, 'a')));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 413 "));
+  }
+  EXPECT_EQ(handler_.bodies_seen, 1);
+}
+
+TEST_F(HttpServerTest, ALargeRefusedUploadStillSeesItsAnswer) {
+  start({.body_bytes_max = 1000});
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 50000000\r\n\r\n"));
+  const std::string piece(1 << 20, 'a');
+  for (int i = 0; i < 47; ++i) ASSERT_TRUE(client.send(piece)) << i;
+  EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 413 "));
+}
+
+TEST_F(HttpServerTest, HeadLimitsAndNonsense) {
+  start({.header_bytes_max = 2000, .header_seconds = 0.3, .body_seconds = 0.3});
+  {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send(get("/a", "X-Long: " + std::string(3000, 'a') + "\r\n")));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 431 "));
+  }
+  for (const char* const nonsense :
+       {"\x16\x03\x01 TLS?\r\n\r\n", "GET /a HTTP/1.1\r\nbad header\r\n\r\n", "GET  HTTP/9.9\r\n\r\n",
+        "POST /echo HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\nabc",
+        "POST /echo HTTP/1.1\r\nContent-Length: -1\r\n\r\n"}) {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send(nonsense));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 400 ")) << nonsense;
+  }
+  {
+    HttpSocket client(server_->port());  // bad chunk size
+    ASSERT_TRUE(client.send("POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n"));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 400 "));
+  }
+  {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send("GET /a HTTP/1.1\r\nHost:"));
+    EXPECT_EQ(client.read_all(3), "");
+    EXPECT_TRUE(client.closed()) << "a slow head is dropped";
+  }
+  {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc"));
+    EXPECT_TRUE(client.read_reply(3).starts_with("HTTP/1.1 408 "));
+  }
+  HttpSocket client(server_->port());
+  ASSERT_TRUE(client.send(get("/a")));
+  EXPECT_EQ(body_of(client.read_reply()), "/a") << "the server goes on";
+}
+
+TEST_F(HttpServerTest, ConnectionsBeyondTheLimitAreTurnedAway) {
+  start({.connections_max = 3});
+  std::vector<std::unique_ptr<HttpSocket>> clients;
+  for (int i = 0; i < 3; ++i) {
+    clients.push_back(std::make_unique<HttpSocket>(server_->port()));
+    ASSERT_TRUE(clients.back()->send(get("/a")));
+    EXPECT_EQ(body_of(clients.back()->read_reply()), "/a");
+  }
+  HttpSocket extra(server_->port());
+  EXPECT_TRUE(extra.read_reply().starts_with("HTTP/1.1 503 "));
+  clients.clear();
+  ASSERT_TRUE(eventually([&] { return server_->num_connections() < 3; }, 8));
+  HttpSocket again(server_->port());
+  ASSERT_TRUE(again.send(get("/b")));
+  EXPECT_EQ(body_of(again.read_reply()), "/b");
+}
+
+TEST_F(HttpServerTest, ShutdownLetsAnswersEndAndCutsTheRest) {
+  start();
+  HttpSocket idle(server_->port());
+  HttpSocket ending(server_->port());
+  HttpSocket endless(server_->port());
+  ASSERT_TRUE(ending.send(get("/stream/100")));
+  ASSERT_TRUE(endless.send(get("/never")));
+  ASSERT_TRUE(eventually([&] { return handler_.alive == 2; }));
+  const auto begin = std::chrono::steady_clock::now();
+  server_->shutdown(1.0);
+  const double took = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  EXPECT_GT(took, 0.9);
+  EXPECT_LT(took, 4.0);
+  EXPECT_NE(ending.read_all().find("data: 99\n"), std::string::npos);
+  EXPECT_EQ(idle.read_all(), "");
+  EXPECT_TRUE(idle.closed());
+  EXPECT_EQ(handler_.alive, 0);
+  EXPECT_FALSE(HttpSocket(server_->port()).connected());
+}
+
+TEST_F(HttpServerTest, ReportsThePortAndRefusesOneInUse) {
+  start();
+  EXPECT_GT(server_->port(), 0);
+  EXPECT_EQ(server_->addresses().front(), "127.0.0.1:" + std::to_string(server_->port()));
+  const auto second = HttpServer::start({.port = server_->port()}, handler_);
+  ASSERT_FALSE(second.ok());
+  EXPECT_NE(second.status().message().find(std::to_string(server_->port())), std::string::npos);
+}
+
+TEST_F(HttpServerTest, ManyStreamsAtOnce) {
+  start();
+  std::vector<std::thread> threads;
+  std::atomic<int> complete{0};
+  for (int i = 0; i < 32; ++i) {
+    threads.emplace_back([&, i] {
+      HttpSocket client(server_->port());
+      client.send(get("/stream/50"));
+      if (i % 4 == 3) {
+        client.read_until("data: 5\n");
+        return;  // leaves
+      }
+      if (client.read_until("\r\n0\r\n\r\n", 30).find("data: 49\n") != std::string::npos) ++complete;
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(complete, 24);
+  EXPECT_TRUE(eventually([&] { return handler_.alive == 0; }));
+}
+
+TEST(HttpWire, Targets) {
+  HttpRequest request;
+  split_target("/v1/models/a%2Fb?x=1&y", request);
+  EXPECT_EQ(request.path, "/v1/models/a%2Fb");
+  EXPECT_EQ(request.query, "x=1&y");
+  EXPECT_EQ(percent_decoded("a%2Fb%zz%4"), "a/b%zz%4");
+  split_target("http://host:1/path?q", request);
+  EXPECT_EQ(request.path, "/path");
+  split_target("http://host", request);
+  EXPECT_EQ(request.path, "/");
+}
+
+TEST(HttpWire, HeaderValuesCannotBreakOut) {
+  const HttpReply reply{.headers = {{"X-Id", "a\r\nSet-Cookie: b"}}, .body = "x"};
+  EXPECT_EQ(reply_bytes(reply, {}, 0).find("\nSet-Cookie"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace moed
