@@ -13,10 +13,12 @@ struct DeviceSpec {
   bool deterministic = false;
 };
 
-// An engine together with the device that it runs on: what stands above engines knows no device. Serving thread, once opened.
+// An engine together with the device that it runs on: what stands above engines knows no device. Serving thread, once
+// opened.
 class OpenedEngine {
  public:
-  // Errors: kInvalidArgument for an unknown device, kResourceExhausted as make_engine. model, weights and experts outlive it.
+  // Errors: kInvalidArgument for an unknown device, kResourceExhausted as make_engine. model, weights and experts
+  // outlive it.
   static StatusOr<std::unique_ptr<OpenedEngine>> open(const Model& model, const DenseWeights& weights,
                                                       const ExpertStore& experts, const DeviceSpec& spec,
                                                       const EngineConfig& config);

@@ -1,0 +1,65 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/hybrid_engine.h"
+#include "kernels/device.h"
+
+namespace moed {
+
+// A model with all that an engine needs around it.
+class EngineBox {
+ public:
+  // Weights of the source; the model's config says how they are used.
+  EngineBox(Model model, const TensorSource& source, const DeviceOptions& options, const EngineConfig& config);
+  Engine& engine() { return *engine_; }
+  const Model& model() const { return model_; }
+  const EngineConfig& config() const { return config_; }
+  // A plan with the second half beginning at `split`.
+  StepPlan plan(int32_t split) const;
+
+ private:
+  Model model_;
+  EngineConfig config_;
+  std::unique_ptr<Device> device_;
+  DenseWeights weights_;
+  ExpertStore experts_;
+  std::unique_ptr<Engine> engine_;
+};
+
+struct TinyModel {
+  const char* name;
+  const char* config_json;
+};
+// Small models, one of each architecture, with odd sizes.
+std::span<const TinyModel> tiny_models();
+Model parse_tiny(const TinyModel& tiny);
+
+// What a client wants of the engine, and what it got.
+struct Job {
+  std::vector<int32_t> prompt;
+  int32_t num_generate = 0;
+  SamplingParams sampling;
+  bool prompt_logprobs = false;
+};
+struct Answer {
+  std::vector<ScoredToken> generated;
+  std::vector<ScoredToken> prompt_scores;  // of prompt[1..]
+};
+// Alone, the whole prompt in chunks of `chunk_rows`, then token by token.
+Answer run_alone(EngineBox& box, const Job& job, int32_t chunk_rows);
+// All at once: random chunks, batches, splits and blocks; a bulk pass that rests between layers while interactive
+// passes run; sequences that are dropped between layers, lose their blocks to others at once, and begin anew.
+struct CrowdCounts {
+  int num_drops = 0;
+  int num_interrupts = 0;  // interactive passes that ran between layers of a bulk one
+  int num_splits = 0;
+};
+std::vector<Answer> run_crowd(EngineBox& box, std::span<const Job> jobs, uint64_t seed, CrowdCounts& counts);
+
+}  // namespace moed
