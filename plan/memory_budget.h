@@ -15,8 +15,9 @@ struct MachineMemory {
 };
 
 struct BudgetLimits {
-  double kv_gib = 0.0;          // 0: what is left after everything else, minus a reserve, at most what sequences_max full contexts can use
-  int32_t max_model_len = 0;    // 0: min(config, what KV holds)
+  double kv_gib =
+      0.0;  // 0: what is left after everything else, minus a reserve, at most what sequences_max full contexts can use
+  int32_t max_model_len = 0;  // 0: min(config, what KV holds)
   int32_t pass_rows_max = 0;
   int32_t sequences_max = 0;
   int32_t block_tokens = 16;
@@ -27,9 +28,10 @@ struct MemoryBudget {
   int64_t dense_weight_bytes = 0;   // attention, norms, routers, dense and shared FFNs, embeddings, head
   int64_t expert_weight_bytes = 0;  // routed experts: blobs of the host store
   int64_t kv_bytes = 0;
-  int64_t activation_bytes = 0;     // of two passes alive
-  int64_t process_bytes = 0;        // base of the process: code, tokenizer, I/O
+  int64_t activation_bytes = 0;  // of two passes alive
+  int64_t process_bytes = 0;     // base of the process: code, tokenizer, I/O
   int64_t free_bytes = 0;
+  std::string free_source;  // MachineMemory::source
   int64_t kv_blocks = 0;
   int32_t max_model_len = 0;
   int64_t total_bytes() const {
@@ -39,9 +41,10 @@ struct MemoryBudget {
   std::string describe() const;
 };
 
-// Pure. Errors: kResourceExhausted with the arithmetic when the box is too small; kInvalidArgument naming the setting when limits contradict
-// each other (kv_gib below one context of max_model_len, max_model_len above the model's).
-StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimits& limits, const MachineMemory& machine);
+// Pure. Errors: kResourceExhausted with the arithmetic when the box is too small; kInvalidArgument naming the setting
+// when limits contradict each other (kv_gib below one context of max_model_len, max_model_len above the model's).
+StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimits& limits,
+                                     const MachineMemory& machine);
 
 int64_t dense_weight_bytes(const ModelConfig& config);
 int64_t expert_weight_bytes(const ModelConfig& config);

@@ -9,10 +9,12 @@
 
 namespace moed {
 
-// Where an expert runs: already in device memory; copied through the ring, then on the device; or where its weights are.
+// Where an expert runs: already in device memory; copied through the ring, then on the device; or where its weights
+// are.
 enum class Place : uint8_t { kResident, kStreamed, kHost };
 
-// whole: all experts of the layer come, no answer of the router is needed on the host. routed: only those that rows chose.
+// whole: all experts of the layer come, no answer of the router is needed on the host. routed: only those that rows
+// chose.
 enum class LayerMode : uint8_t { kWhole, kRouted };
 
 // Marginal costs with which place_experts weighs places at a layer; infinity forbids one.
@@ -26,16 +28,17 @@ struct ExpertCosts {
 // What a pass looks like to the planner: numbers only.
 struct StepShape {
   int32_t num_sequences = 0;
-  int32_t num_rows = 0;           // new tokens of all sequences
-  int32_t num_sampled = 0;        // rows that need logits
-  int64_t context_tokens = 0;     // sum over sequences of tokens that attention reads
+  int32_t num_rows = 0;        // new tokens of all sequences
+  int32_t num_sampled = 0;     // rows that need logits
+  int64_t context_tokens = 0;  // sum over sequences of tokens that attention reads
 };
 
-// What the engine is to do in one pass. A value: policies make it, validate() checks it, the engine carries out any valid one.
+// What the engine is to do in one pass. A value: policies make it, validate() checks it, the engine carries out any
+// valid one.
 struct StepPlan {
-  int32_t split = 0;              // index of the sequence that begins the second half; num_sequences: one half
-  std::vector<LayerMode> layers;  // [num_layers]
-  std::vector<ExpertId> prefetch; // in the order in which they should come
+  int32_t split = 0;               // index of the sequence that begins the second half; num_sequences: one half
+  std::vector<LayerMode> layers;   // [num_layers]
+  std::vector<ExpertId> prefetch;  // in the order in which they should come
   ExpertCosts costs;
 };
 

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/status.h"
@@ -27,9 +28,9 @@ struct RequestLimits {
 struct RequestSpec {
   RequestId id = 0;
   std::vector<int32_t> prompt;
-  SamplingParams sampling;     // seed: of choice 0; choice c draws from seed + c. forbidden_until_min is filled by make()
+  SamplingParams sampling;  // seed: of choice 0; choice c draws from seed + c. forbidden_until_min is filled by make()
   int32_t n = 1;
-  int32_t max_tokens = 0;      // new tokens a choice; 0: the prompt alone is scored (prompt_logprobs)
+  int32_t max_tokens = 0;  // new tokens a choice; 0: the prompt alone is computed (and scored, with prompt_logprobs)
   std::vector<int32_t> eos_token_ids;
   std::vector<int32_t> stop_token_ids;
   bool ignore_eos = false;
@@ -41,10 +42,11 @@ struct RequestSpec {
 // A request that passed every check; the only type the scheduler takes. Both doors come here through server/validate.
 class Request {
  public:
-  // Errors: kInvalidArgument whose param() is the OpenAI field ("temperature", "logit_bias", ...), with the limit in the message; context overflow
-  // has detail() "context_length_exceeded". Checks for NaN and infinities too.
+  // Errors: kInvalidArgument whose param() is the OpenAI field ("temperature", "logit_bias", ...), with the limit in
+  // the message; context overflow has detail() "context_length_exceeded". Checks for NaN and infinities too.
   static StatusOr<Request> make(RequestSpec spec, const RequestLimits& limits);
   const RequestSpec& spec() const { return spec_; }
+  RequestSpec release() && { return std::move(spec_); }
 
  private:
   explicit Request(RequestSpec spec) : spec_(std::move(spec)) {}

@@ -26,16 +26,16 @@ struct SchedulerConfig {
   bool prefix_cache = true;
 };
 
-// What happened to one choice of one request, in order. Exactly one event of each choice has finish != kNone, and it is the last, unless
-// finish() ended the choice first: then no event follows.
+// What happened to one choice of one request, in order. Exactly one event of each choice has finish != kNone, and it is
+// the last, unless finish() ended the choice first: then no event follows.
 struct TokenEvent {
   RequestId request = 0;
   int32_t choice = 0;
   bool has_token = true;  // false: only prompt scores or a finish (max_tokens 0)
   ScoredToken token;
   FinishReason finish = FinishReason::kNone;
-  int32_t stop_token = -1;          // the EOS or stop id that ended it
-  int32_t num_cached_tokens = 0;    // of the prompt, from the prefix cache; set on the first event of a choice
+  int32_t stop_token = -1;                 // the EOS or stop id that ended it
+  int32_t num_cached_tokens = 0;           // of the prompt, from the prefix cache; set on the first event of a choice
   std::vector<ScoredToken> prompt_scores;  // of prompt[1..], once, on the first event of choice 0, when asked for
 };
 
@@ -52,37 +52,40 @@ struct BlockCopy {
 };
 
 struct SchedulerStats {
-  int32_t num_running = 0;      // sequences
-  int32_t num_waiting = 0;      // requests with a choice that is not running, preempted ones included
-  int64_t blocks_used = 0;      // referenced by a sequence; cached free ones are not counted
+  int32_t num_running = 0;  // sequences
+  int32_t num_waiting = 0;  // requests with a choice that is not running, preempted ones included
+  int64_t blocks_used = 0;  // referenced by a sequence; cached free ones are not counted
   int64_t blocks_total = 0;
   int64_t num_preemptions = 0;
   int64_t prefix_queries_tokens = 0;
   int64_t prefix_hits_tokens = 0;
 };
 
-// Which tokens run next, in which KV blocks. Pure: no clock, no threads, no I/O; the same calls give the same answers. Serving thread only.
+// Which tokens run next, in which KV blocks. Pure: no clock, no threads, no I/O; the same calls give the same answers.
+// Serving thread only.
 //
-// Admission takes the prompt's blocks and a small reserve, never max_tokens; when a running sequence cannot grow, the one last in (priority,
-// arrival) that is in no live pass is preempted and later recomputed, its sent tokens kept.
-// A sequence is in at most one live pass. The choices of a request share its prompt's blocks.
+// Admission takes the prompt's blocks and a small reserve, never max_tokens; when a running sequence cannot grow, the
+// one last in (priority, arrival) that is in no live pass is preempted and later recomputed, its sent tokens kept. A
+// sequence is in at most one live pass. The choices of a request share its prompt's blocks.
 class Scheduler {
  public:
   explicit Scheduler(const SchedulerConfig& config);
   ~Scheduler();
 
-  // kResourceExhausted when the queue is full; kInvalidArgument when the prompt can never fit the pool. The request is untouched on error.
+  // kResourceExhausted when the queue is full; kInvalidArgument when the prompt can never fit the pool. The request is
+  // untouched on error.
   Status add(Request request);
 
-  // Ends a request (all choices), or one choice of it: the client left, or a stop string was found. Blocks are freed at once but for sequences in a
-  // live pass: they are returned, the caller drops each from its pass and then calls dropped(). Unknown ids are ignored.
+  // Ends a request (all choices), or one choice of it: the client left, or a stop string was found. Blocks are freed at
+  // once but for sequences in a live pass: they are returned, the caller drops each from its pass and then calls
+  // dropped(). Unknown ids are ignored.
   std::vector<LiveSequence> finish(RequestId request, FinishReason reason);
   std::vector<LiveSequence> finish_choice(RequestId request, int32_t choice, FinishReason reason);
   void dropped(SequenceId id);
 
-  // The sequences of the next pass of that kind; empty: nothing to do. kBulk: one long prefill's chunk (and what shares its sweep). kInteractive:
-  // decode rows and short prefills that are in no live pass.
-  // The spans stay valid until commit() of that pass. REQUIRES: no live pass of that kind.
+  // The sequences of the next pass of that kind; empty: nothing to do. kBulk: one long prefill's chunk (and what shares
+  // its sweep). kInteractive: decode rows and short prefills that are in no live pass. The spans stay valid until
+  // commit() of that pass. REQUIRES: no live pass of that kind.
   std::span<const StepSequence> schedule(PassKind kind, const StepModel& model, int64_t now_us);
   // Copies that the pass just scheduled needs first.
   std::span<const BlockCopy> block_copies() const;

@@ -1,0 +1,165 @@
+#include "plan/memory_budget.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace moed {
+namespace {
+
+constexpr int64_t kBf16Bytes = 2;
+constexpr int64_t kFloatBytes = 4;
+constexpr int64_t kTensorAlignmentBytes = 64;
+constexpr int64_t kGiB = int64_t{1} << 30;
+constexpr int64_t kNumPasses = 2;
+// Code, tokenizer, connections, kernels' workspaces and the C++ heap.
+constexpr int64_t kProcessBytes = int64_t{384} << 20;
+// Left to the rest of the machine when KV takes what remains: the larger of these.
+constexpr int64_t kReserveBytes = int64_t{512} << 20;
+constexpr int64_t kReserveShare = 8;
+// Logits are computed for so many rows at a time.
+constexpr int64_t kLogitRows = 64;
+// A context below this (or below the model's own) serves nobody.
+constexpr int64_t kContextMin = 256;
+
+int64_t padded(int64_t bytes) {
+  return (bytes + kTensorAlignmentBytes - 1) / kTensorAlignmentBytes * kTensorAlignmentBytes;
+}
+int64_t matrix_bytes(int64_t rows, int64_t columns) { return padded(rows * columns * kBf16Bytes); }
+// Norms and biases are kept in fp32.
+int64_t vector_bytes(int64_t elements) { return padded(elements * kFloatBytes); }
+
+std::string gib(int64_t bytes) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f", static_cast<double>(bytes) / static_cast<double>(kGiB));
+  return text;
+}
+
+int64_t attention_bytes(const ModelConfig& config) {
+  const AttentionConfig& attention = config.attention;
+  const int64_t hidden = config.hidden_size, q = config.q_size(), kv = config.kv_size();
+  int64_t bytes = matrix_bytes(q + 2 * kv, hidden) + matrix_bytes(hidden, q) + 2 * vector_bytes(hidden);
+  if (attention.qkv_bias) bytes += vector_bytes(q + 2 * kv);
+  if (attention.output_bias) bytes += vector_bytes(hidden);
+  if (attention.qk_norm == AttentionConfig::QkNorm::kPerHead) bytes += 2 * vector_bytes(attention.head_dim);
+  if (attention.qk_norm == AttentionConfig::QkNorm::kWhole) bytes += vector_bytes(q) + vector_bytes(kv);
+  return bytes;
+}
+
+int64_t resident_ffn_bytes(const ModelConfig& config, LayerKind kind) {
+  const int64_t hidden = config.hidden_size;
+  if (kind == LayerKind::kDense) return matrix_bytes(int64_t{3} * config.dense_intermediate_size, hidden);
+  const MoeConfig& moe = config.moe;
+  int64_t bytes = matrix_bytes(moe.num_experts, hidden);
+  if (moe.router.correction_bias) bytes += vector_bytes(moe.num_experts);
+  if (moe.shared_intermediate_size > 0) bytes += matrix_bytes(int64_t{3} * moe.shared_intermediate_size, hidden);
+  if (moe.shared_gate) bytes += matrix_bytes(1, hidden);
+  return bytes;
+}
+
+// Rows, tables and logits of two passes of pass_rows_max rows, and the rope table of one context.
+int64_t activation_bytes(const ModelConfig& config, const BudgetLimits& limits, int64_t context_tokens) {
+  const int64_t hidden = config.hidden_size, q = config.q_size(), kv = config.kv_size();
+  int64_t choices = 1, intermediate = 0;
+  for (int32_t layer = 0; layer < config.num_layers; ++layer) {
+    const bool dense = config.layers[layer] == LayerKind::kDense;
+    choices = std::max<int64_t>(choices, config.ffn_choices(layer));
+    intermediate =
+        std::max<int64_t>({intermediate, dense ? config.dense_intermediate_size : config.moe.intermediate_size,
+                           dense ? 0 : config.moe.shared_intermediate_size});
+  }
+  const int64_t floats = (q + 2 * kv) + hidden + choices * hidden;  // qkv, residual, FFN outputs
+  const int64_t halves = hidden + 2 * q + choices * intermediate;   // norm, q and attention's output, scratch
+  const int64_t tables = 4 * kFloatBytes * (choices + 1) + kFloatBytes * config.moe.num_experts + 64;
+  const int64_t row_bytes = floats * kFloatBytes + halves * kBf16Bytes + tables;
+  const int64_t blocks_a_context = (context_tokens + limits.block_tokens - 1) / limits.block_tokens;
+  const int64_t sequence_bytes = blocks_a_context * kFloatBytes + 64;
+  const int64_t logit_bytes = kLogitRows * (config.vocab_size * kFloatBytes + hidden * kBf16Bytes + kFloatBytes);
+  const int64_t pass_bytes =
+      limits.pass_rows_max * row_bytes + limits.sequences_max * sequence_bytes + logit_bytes + 4096;
+  return kNumPasses * pass_bytes + context_tokens * config.rope.rotary_dim * kFloatBytes;
+}
+
+Status check_limits(const ModelConfig& config, const BudgetLimits& limits) {
+  if (!(limits.kv_gib >= 0.0)) return invalid_argument("kv_gib must not be negative or NaN", "kv_gib");
+  if (limits.pass_rows_max < 1) return invalid_argument("pass_rows_max must be at least 1", "pass_rows_max");
+  if (limits.sequences_max < 1) return invalid_argument("sequences_max must be at least 1", "sequences_max");
+  if (limits.block_tokens < 1) return invalid_argument("block_tokens must be at least 1", "block_tokens");
+  if (limits.max_model_len < 0) return invalid_argument("max_model_len must not be negative", "max_model_len");
+  if (limits.max_model_len > config.max_positions) {
+    return invalid_argument("max_model_len " + std::to_string(limits.max_model_len) + " is above the model's " +
+                                std::to_string(config.max_positions) + " (max_position_embeddings)",
+                            "max_model_len");
+  }
+  return Status();
+}
+
+Status too_small(const MemoryBudget& budget, const std::string& why) {
+  return Status(StatusCode::kResourceExhausted, "not enough memory" + why + ": " + budget.describe());
+}
+
+}  // namespace
+
+std::string MemoryBudget::describe() const {
+  return "need " + gib(total_bytes()) + " GiB: weights " + gib(dense_weight_bytes + expert_weight_bytes) +
+         " (experts " + gib(expert_weight_bytes) + "), KV " + gib(kv_bytes) + " (" + std::to_string(kv_blocks) +
+         " blocks), activations " + gib(activation_bytes) + ", process " + gib(process_bytes) + "; free " +
+         gib(free_bytes) + " (" + free_source + ")";
+}
+
+int64_t dense_weight_bytes(const ModelConfig& config) {
+  const int64_t table = matrix_bytes(config.vocab_size, config.hidden_size);
+  int64_t bytes = table + (config.tied_embeddings ? 0 : table) + vector_bytes(config.hidden_size);
+  for (const LayerKind kind : config.layers) bytes += attention_bytes(config) + resident_ffn_bytes(config, kind);
+  return bytes;
+}
+
+int64_t expert_weight_bytes(const ModelConfig& config) {
+  const int64_t expert = int64_t{3} * config.moe.intermediate_size * config.hidden_size * kBf16Bytes;
+  const auto num_layers = std::count(config.layers.begin(), config.layers.end(), LayerKind::kMoe);
+  return expert * config.moe.num_experts * num_layers;
+}
+
+StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimits& limits,
+                                     const MachineMemory& machine) {
+  MOED_RETURN_IF_ERROR(check_limits(config, limits));
+  const int64_t context_tokens = limits.max_model_len > 0 ? limits.max_model_len : config.max_positions;
+  const int64_t block_bytes = config.kv_bytes_per_token() * limits.block_tokens;
+  const int64_t blocks_a_context = (context_tokens + limits.block_tokens - 1) / limits.block_tokens;
+  MemoryBudget budget{.dense_weight_bytes = dense_weight_bytes(config),
+                      .expert_weight_bytes = expert_weight_bytes(config),
+                      .activation_bytes = activation_bytes(config, limits, context_tokens),
+                      .process_bytes = kProcessBytes,
+                      .free_bytes = machine.host_free_bytes,
+                      .free_source = machine.source};
+  if (limits.kv_gib > 0.0) {
+    // Beyond any machine, but safe to multiply.
+    const double kv_gib = std::min(limits.kv_gib, 1e6);
+    budget.kv_blocks = static_cast<int64_t>(kv_gib * static_cast<double>(kGiB)) / block_bytes;
+  } else {
+    const int64_t reserve = std::max(kReserveBytes, machine.host_free_bytes / kReserveShare);
+    const int64_t left = machine.host_free_bytes - budget.total_bytes() - reserve;
+    budget.kv_blocks = std::clamp<int64_t>(left / block_bytes, 0, limits.sequences_max * blocks_a_context);
+  }
+  budget.kv_bytes = budget.kv_blocks * block_bytes;
+  const int64_t kv_tokens = budget.kv_blocks * limits.block_tokens;
+  budget.max_model_len = static_cast<int32_t>(std::min(context_tokens, kv_tokens));
+
+  // What was asked for by name must fit whole; by default, a context that is of use to somebody.
+  const int64_t context_min = limits.max_model_len > 0 ? context_tokens : std::min(context_tokens, kContextMin);
+  if (kv_tokens >= context_min) {
+    if (budget.total_bytes() > machine.host_free_bytes) return too_small(budget, "");
+    return budget;
+  }
+  const int64_t context_bytes = (context_min + limits.block_tokens - 1) / limits.block_tokens * block_bytes;
+  if (limits.kv_gib > 0.0) {
+    return invalid_argument("kv_gib " + std::to_string(limits.kv_gib) + " holds " + std::to_string(kv_tokens) +
+                                " tokens; one context of " + std::to_string(context_min) + " needs " +
+                                std::to_string(static_cast<double>(context_bytes) / static_cast<double>(kGiB)) + " GiB",
+                            "kv_gib");
+  }
+  budget.kv_bytes = context_bytes;
+  budget.kv_blocks = context_bytes / block_bytes;
+  return too_small(budget, " for one context of " + std::to_string(context_min) + " tokens");
+}
+
+}  // namespace moed

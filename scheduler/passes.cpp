@@ -1,0 +1,211 @@
+#include <algorithm>
+#include <utility>
+
+#include "base/check.h"
+#include "scheduler/state.h"
+
+namespace moed {
+namespace {
+
+bool contains(const std::vector<int32_t>& ids, int32_t token) { return std::ranges::find(ids, token) != ids.end(); }
+
+}  // namespace
+
+// Decode rows and short prefills. Neither starves the other: prefills are sure of a quarter of the rows.
+bool Scheduler::State::fill_interactive() {
+  const int32_t short_rows = std::min(short_prefill_rows(), std::max(config.pass_rows_max / 4, 1));
+  collect_decodes(config.pass_rows_max - short_rows);
+  grow_decodes();
+  LivePass& live = pass(PassKind::kInteractive);
+  for (Sequence* sequence : decodes) pick(PassKind::kInteractive, *sequence, 1);
+  for (Sequence* sequence : prefilling) {
+    const int32_t room = config.pass_rows_max - live.shape.num_rows;
+    if (room == 0) break;
+    if (sequence->pass || is_bulk(*sequence)) continue;
+    pick(PassKind::kInteractive, *sequence, std::min(sequence->num_missing(), room));
+  }
+  return live.shape.num_rows > 0;
+}
+
+// Chunks of long prefills, and the decode rows if they had better share the sweep of the weights.
+bool Scheduler::State::fill_bulk(const StepModel& model) {
+  const StepShape heavy = bulk_shape();
+  if (heavy.num_rows == 0) return false;
+  collect_decodes(config.pass_rows_max / 2);
+  StepShape light;
+  for (const Sequence* sequence : decodes) light.context_tokens += static_cast<int64_t>(sequence->tokens.size());
+  light.num_sequences = light.num_rows = light.num_sampled = static_cast<int32_t>(decodes.size());
+  if (model.share_sweep(light, heavy)) {
+    grow_decodes();
+    // Growth may have preempted the very prefills that were to carry the decode rows.
+    if (bulk_shape().num_rows == 0) return false;
+  } else {
+    decodes.clear();
+  }
+  LivePass& live = pass(PassKind::kBulk);
+  for (Sequence* sequence : decodes) pick(PassKind::kBulk, *sequence, 1);
+  for (Sequence* sequence : prefilling) {
+    const int32_t room = config.pass_rows_max - live.shape.num_rows;
+    if (room == 0) break;
+    if (!sequence->pass && is_bulk(*sequence))
+      pick(PassKind::kBulk, *sequence, std::min(sequence->num_missing(), room));
+  }
+  return true;
+}
+
+int32_t Scheduler::State::short_prefill_rows() const {
+  int32_t rows = 0;
+  for (const Sequence* sequence : prefilling) {
+    if (!sequence->pass && !is_bulk(*sequence)) rows += sequence->num_missing();
+    if (rows >= config.pass_rows_max) break;
+  }
+  return rows;
+}
+
+// The chunks that a bulk pass would take if nothing shared it.
+StepShape Scheduler::State::bulk_shape() const {
+  StepShape shape;
+  for (const Sequence* sequence : prefilling) {
+    const int32_t room = config.pass_rows_max - shape.num_rows;
+    if (room == 0) break;
+    if (sequence->pass || !is_bulk(*sequence)) continue;
+    const int32_t num_new = std::min(sequence->num_missing(), room);
+    ++shape.num_sequences;
+    shape.num_rows += num_new;
+    shape.num_sampled += num_new == sequence->num_missing() ? 1 : 0;
+    shape.context_tokens += sequence->num_cached + num_new;
+  }
+  return shape;
+}
+
+// `decodes`: sequences that need one row, at most rows_max of them; who waited longest goes first.
+void Scheduler::State::collect_decodes(int32_t rows_max) {
+  decodes.clear();
+  for (Sequence* sequence : running) {
+    if (!sequence->pass && sequence->num_missing() == 1) decodes.push_back(sequence);
+  }
+  if (static_cast<int32_t>(decodes.size()) <= rows_max) return;
+  std::ranges::nth_element(decodes, decodes.begin() + rows_max, [](const Sequence* a, const Sequence* b) {
+    return a->last_pass != b->last_pass ? a->last_pass < b->last_pass : GoesBefore()(a, b);
+  });
+  decodes.resize(rows_max);
+}
+
+// Gives each of `decodes` the slot of its next token, first come first served; who gets none stays out of the pass.
+void Scheduler::State::grow_decodes() {
+  const auto full = [&](const Sequence* sequence) {
+    return static_cast<int64_t>(sequence->blocks.size()) * config.block_tokens <
+           static_cast<int64_t>(sequence->tokens.size());
+  };
+  std::vector<Sequence*> needy;
+  std::ranges::copy_if(decodes, std::back_inserter(needy), full);
+  if (static_cast<int64_t>(needy.size()) > allocator.num_free()) std::ranges::sort(needy, GoesBefore());
+  for (Sequence* sequence : needy) {
+    if (sequence->phase == Phase::kRunning) grow(*sequence);
+  }
+  std::erase_if(decodes, [&](const Sequence* s) { return s->phase != Phase::kRunning || full(s); });
+}
+
+void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) {
+  LivePass& live = pass(kind);
+  const int32_t end = sequence.num_cached + num_new;
+  const bool samples = num_new == sequence.num_missing() && sequence.request->spec.max_tokens > 0;
+  const bool scores = needs_scores(sequence);
+  sequence.pass = kind;
+  sequence.pass_index = static_cast<int32_t>(live.steps.size());
+  sequence.last_pass = last_pass;
+  live.sequences.push_back(&sequence);
+  live.steps.push_back({.tokens = sequence.tokens,
+                        .id = sequence.id,
+                        .num_prompt = sequence.num_prompt,
+                        .num_cached = sequence.num_cached,
+                        .num_new = num_new,
+                        .prompt_logprobs = scores,
+                        .num_prompt_top = scores ? std::max(sequence.sampling.num_logprobs, 0) : 0,
+                        .pool = Pool::kHost,
+                        .blocks = std::span<const int32_t>(sequence.blocks).first(blocks_for(end)),
+                        .sampling = samples ? &sequence.sampling : nullptr,
+                        .allowed = {}});
+  ++live.shape.num_sequences;
+  live.shape.num_rows += num_new;
+  live.shape.num_sampled += samples ? 1 : 0;
+  live.shape.context_tokens += end;
+}
+
+// What a pass computed of one sequence: its KV stands, and if all of it does, there is a token.
+void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output,
+                                   std::vector<TokenEvent>& events) {
+  ActiveRequest& request = *sequence.request;
+  const RequestSpec& spec = request.spec;
+  const bool was_prefill = sequence.num_missing() > 1;
+  sequence.pass.reset();
+  sequence.num_cached += step.num_new;
+  if (step.prompt_logprobs) keep_scores(step, sequence, output);
+  register_blocks(sequence);
+  if (request.leader == &sequence && step.num_cached < sequence.num_prompt &&
+      sequence.num_cached >= sequence.num_prompt) {
+    prompt_done(request);
+  }
+  if (sequence.num_missing() > 0) {
+    if (was_prefill && sequence.num_missing() == 1) prefilling.erase(&sequence);
+    return;
+  }
+
+  TokenEvent& event = events.emplace_back();
+  event.request = spec.id;
+  event.choice = sequence.choice;
+  event.has_token = step.sampling != nullptr;
+  if (!sequence.reported) {
+    sequence.reported = true;
+    event.num_cached_tokens = request.num_cached_prompt;
+    event.prompt_scores = std::move(sequence.prompt_scores);
+  }
+  if (event.has_token) {
+    MOED_CHECK(output.sampled.has_value()) << "the engine sampled nothing for sequence " << sequence.id;
+    event.token = *output.sampled;
+    const int32_t token = event.token.token;
+    sequence.tokens.push_back(token);
+    if (contains(spec.stop_token_ids, token) || (!spec.ignore_eos && contains(spec.eos_token_ids, token))) {
+      event.finish = FinishReason::kStop;
+      event.stop_token = token;
+    }
+  }
+  if (event.finish == FinishReason::kNone && sequence.num_generated() >= spec.max_tokens) {
+    event.finish = FinishReason::kLength;
+  }
+  if (event.finish != FinishReason::kNone) {
+    end(sequence);
+    erase_if_gone(request);
+  } else if (was_prefill) {
+    prefilling.erase(&sequence);
+  }
+}
+
+// Row r of the pass scores tokens[num_cached + 1 + r]. Rows computed again after a preemption bring known scores: left
+// out.
+void Scheduler::State::keep_scores(const StepSequence& step, Sequence& sequence, const SequenceOutput& output) const {
+  const int32_t end = std::min(step.num_cached + step.num_new, sequence.num_prompt - 1);
+  MOED_CHECK(static_cast<int32_t>(output.prompt_scores.size()) == std::max(end - step.num_cached, 0))
+      << "sequence " << sequence.id << ": " << output.prompt_scores.size() << " prompt scores";
+  for (size_t i = 0; i < output.prompt_scores.size(); ++i) {
+    if (step.num_cached + i == sequence.prompt_scores.size()) sequence.prompt_scores.push_back(output.prompt_scores[i]);
+  }
+}
+
+// Tells the prefix cache of the blocks that have become full.
+void Scheduler::State::register_blocks(Sequence& sequence) {
+  if (!config.prefix_cache) return;
+  const std::span<const int32_t> tokens(sequence.tokens);
+  while ((sequence.num_hashed_blocks + 1) * config.block_tokens <= sequence.num_cached) {
+    const int32_t index = sequence.num_hashed_blocks++;
+    const int32_t block = sequence.blocks[index];
+    // A block shared with a sibling may be known already.
+    sequence.prefix =
+        cache.contains(block)
+            ? cache.entry(block)
+            : cache.insert(sequence.prefix, tokens.subspan(int64_t{index} * config.block_tokens, config.block_tokens),
+                           block);
+  }
+}
+
+}  // namespace moed

@@ -1,0 +1,101 @@
+#pragma once
+
+#include <array>
+#include <memory>
+#include <set>
+#include <unordered_map>
+#include <vector>
+
+#include "scheduler/block_allocator.h"
+#include "scheduler/prefix_cache.h"
+#include "scheduler/scheduler.h"
+#include "scheduler/sequence.h"
+
+namespace moed {
+
+// A pass from schedule() to commit().
+struct LivePass {
+  bool live = false;
+  std::vector<StepSequence> steps;
+  std::vector<Sequence*> sequences;  // beside steps; null: dropped
+  StepShape shape;
+};
+
+// The scheduler's insides. queue.cpp: who waits, runs and ends, and with which blocks. passes.cpp: what a pass takes
+// and gives.
+struct Scheduler::State {
+  explicit State(const SchedulerConfig& config);
+
+  // queue.cpp
+  Status check_fits(const RequestSpec& spec) const;
+  void enqueue(RequestSpec spec);
+  void admit();
+  bool start(Sequence& sequence);
+  std::vector<int32_t> reusable_blocks(const Sequence& sequence) const;
+  const Sequence* prompt_holder(const Sequence& sequence) const;
+  bool grow(Sequence& sequence);
+  bool must_wait_for_live(const Sequence& sequence) const;
+  Sequence* last_preemptible() const;
+  void preempt(Sequence& sequence);
+  void end(Sequence& sequence);
+  void leave(Sequence& sequence);
+  void prompt_done(ActiveRequest& request);
+  void erase_if_gone(ActiveRequest& request);
+  int32_t take_block();
+  void release_blocks(Sequence& sequence);
+  void enter_queue(Sequence& sequence, Phase phase);
+  void leave_queue(Sequence& sequence);
+  void enter_running(Sequence& sequence);
+  void leave_running(Sequence& sequence);
+  int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + config.block_tokens - 1) / config.block_tokens; }
+  bool needs_scores(const Sequence& sequence) const {
+    return sequence.request->spec.prompt_logprobs && sequence.choice == 0 && !sequence.reported;
+  }
+
+  // passes.cpp
+  bool fill_interactive();
+  bool fill_bulk(const StepModel& model);
+  int32_t short_prefill_rows() const;
+  bool is_bulk(const Sequence& sequence) const { return sequence.num_missing() > config.bulk_rows_min; }
+  void collect_decodes(int32_t rows_max);
+  void grow_decodes();
+  StepShape bulk_shape() const;
+  void pick(PassKind kind, Sequence& sequence, int32_t num_new);
+  void commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output,
+                   std::vector<TokenEvent>& events);
+  void keep_scores(const StepSequence& step, Sequence& sequence, const SequenceOutput& output) const;
+  void register_blocks(Sequence& sequence);
+  LivePass& pass(PassKind kind) { return passes[static_cast<size_t>(kind)]; }
+
+  void check_invariants() const;
+  void check_running() const;
+  void check_requests() const;
+  void check_pass(PassKind kind) const;
+
+  const SchedulerConfig config;
+  BlockAllocator allocator;
+  PrefixCache cache;
+  std::unordered_map<RequestId, std::unique_ptr<ActiveRequest>> requests;
+  std::set<Sequence*, GoesBefore> waiting;
+  std::vector<Sequence*> running;                     // in no order
+  std::set<Sequence*, GoesBefore> prefilling;         // the running ones with more than one token to compute
+  std::unordered_map<SequenceId, Sequence*> leaving;  // ended, in a live pass
+  std::array<LivePass, 2> passes;
+  std::vector<BlockCopy> copies;       // since the last pass was scheduled
+  std::vector<BlockCopy> pass_copies;  // of the pass that was scheduled last
+  std::vector<Sequence*> decodes;      // scratch of fill_*
+
+  SequenceId blocked_head = 0;   // the head of the queue that did not fit,
+  int64_t blocked_num_free = 0;  // when so many blocks were free
+  int64_t num_added = 0;
+  SequenceId last_sequence_id = 0;
+  int64_t last_pass = 0;
+  int32_t num_unstarted = 0;         // requests no choice of which was ever admitted
+  int64_t num_unstarted_tokens = 0;  // their prompts
+  int32_t num_waiting_requests = 0;
+  int64_t num_preemptions = 0;
+  int64_t prefix_queries_tokens = 0;
+  int64_t prefix_hits_tokens = 0;
+};
+
+}  // namespace moed
