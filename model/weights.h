@@ -33,7 +33,7 @@ struct LayerWeights {
 // Everything but the routed experts: resident where the model runs. Owns one arena. Immutable after load.
 class DenseWeights {
  public:
-  // progress(bytes) is called from the calling thread as bytes arrive.
+  // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call.
   static StatusOr<DenseWeights> load(const Model& model, const TensorSource& source,
                                      const std::function<void(int64_t)>& progress);
   const Bf16* embedding() const { return embedding_; }    // [vocab, hidden]

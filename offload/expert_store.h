@@ -16,7 +16,7 @@ namespace moed {
 // start from. Immutable after load; any thread may read.
 class ExpertStore {
  public:
-  // progress(bytes) is called from the calling thread as bytes arrive. Errors as TensorSource::read and HugePages::allocate.
+  // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call. Errors as TensorSource::read and HugePages::allocate.
   static StatusOr<ExpertStore> load(const Model& model, const TensorSource& source,
                                     const std::function<void(int64_t)>& progress);
   // REQUIRES: a routed expert of this model.
