@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/ops.h"
+
+namespace moed::reference {
+
+// Slow and plain versions of the ops in double, from the same bf16 and fp32 inputs. Nothing is shared with kernels/.
+
+std::vector<double> to_double(const Bf16* x, int64_t n);
+std::vector<double> to_double(const float* x, int64_t n);
+
+// What a result may miss: c * sqrt(k) * eps * norm, norm being the root of the sum of the squared terms that were added. The only
+// place where a tolerance is made.
+constexpr double kEpsFloat = 5.9604644775390625e-8;  // 2^-24
+constexpr double kEpsBf16 = 0.00390625;              // 2^-8
+double tolerance(double eps, double k, double norm);
+
+struct Checked {
+  std::vector<double> value;
+  std::vector<double> norm;  // of the terms of each value
+};
+
+// [rows, out]
+Checked linear(Matrix<const Bf16> x, const LinearWeights& weights);
+// [rows, hidden]
+std::vector<double> rms_norm(Matrix<const float> x, const float* weight, double eps);
+
+struct Rope {
+  std::vector<double> q;  // [rows, heads * dim]
+  std::vector<double> k;  // [rows, kv_heads * dim]
+  std::vector<double> v;
+};
+Rope rope(const RopeAppend& args);
+
+// [rows, heads * dim]; norm: the largest |v| that took part.
+Checked attention(const Attention& args, int32_t rows);
+
+struct Routed {
+  std::vector<double> scores;   // [rows, experts]
+  std::vector<int32_t> chosen;  // [rows, top_k]
+  std::vector<double> weights;  // [rows, top_k + shared]
+  std::vector<double> gap;      // [rows]: smallest difference of two scores that decided something
+};
+Routed route(const Route& args);
+
+// One row through one expert: [hidden].
+Checked ffn(const Bf16* x, const BlobView& weights);
+
+}  // namespace moed::reference
