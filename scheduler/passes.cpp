@@ -85,9 +85,8 @@ void Scheduler::State::collect_decodes(int32_t rows_max) {
     if (!sequence->pass && sequence->num_missing() == 1) decodes.push_back(sequence);
   }
   if (static_cast<int32_t>(decodes.size()) <= rows_max) return;
-  std::ranges::nth_element(decodes, decodes.begin() + rows_max, [](const Sequence* a, const Sequence* b) {
-    return a->last_pass != b->last_pass ? a->last_pass < b->last_pass : GoesBefore()(a, b);
-  });
+  const auto waited_longer = [](const Sequence* a, const Sequence* b) { return a->turn < b->turn; };
+  std::ranges::partial_sort(decodes, decodes.begin() + rows_max, waited_longer);
   decodes.resize(rows_max);
 }
 
@@ -113,7 +112,7 @@ void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) 
   const bool scores = needs_scores(sequence);
   sequence.pass = kind;
   sequence.pass_index = static_cast<int32_t>(live.steps.size());
-  sequence.last_pass = last_pass;
+  sequence.turn = ++last_turn;
   live.sequences.push_back(&sequence);
   live.steps.push_back({.tokens = sequence.tokens,
                         .id = sequence.id,

@@ -124,6 +124,7 @@ bool Scheduler::State::start(Sequence& sequence) {
   if (allocator.num_free() - revived < num_total - static_cast<int64_t>(num_shared) + reserve) return false;
 
   leave_queue(sequence);
+  sequence.turn = ++last_turn;
   for (size_t i = 0; i < num_shared; ++i) {
     allocator.share(source[i]);
     sequence.blocks.push_back(source[i]);

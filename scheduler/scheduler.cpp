@@ -55,7 +55,6 @@ std::span<const StepSequence> Scheduler::schedule(PassKind kind, const StepModel
   pass.steps.clear();
   pass.sequences.clear();
   pass.shape = {};
-  ++state_->last_pass;
   state_->pass_copies.clear();
   state_->admit();
   pass.live = kind == PassKind::kInteractive ? state_->fill_interactive() : state_->fill_bulk(model);

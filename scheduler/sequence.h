@@ -36,7 +36,7 @@ struct Sequence {
   int32_t running_index = 0;                         // in State::running
   int32_t num_hashed_blocks = 0;                     // full blocks that the prefix cache was told of
   PrefixCache::EntryId prefix = PrefixCache::kRoot;  // the entry of those blocks
-  int64_t last_pass = 0;                             // number of the pass that it was last in
+  int64_t turn = 0;  // when it was last in a pass: numbers all rows ever given, so no two are equal
   SamplingParams sampling;
   std::vector<ScoredToken> prompt_scores;  // of tokens[1 ..], until the first event carries them away
 
