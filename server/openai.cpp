@@ -72,7 +72,8 @@ void read_response_format(Fields& fields) {
   if (!value->is_object() || !value->contains("type") || !(*value)["type"].is_string()) {
     return fields.fail("response_format", "must be an object with a type");
   }
-  if ((*value)["type"] != "text") fields.refuse("response_format", "response_format other than text is not supported yet");
+  if ((*value)["type"] != "text")
+    fields.refuse("response_format", "response_format other than text is not supported yet");
 }
 
 // What both endpoints share.
@@ -109,8 +110,9 @@ void read_common(Fields& fields, OpenAiCall& call) {
   read_response_format(fields);
   if (call.stream && params.prompt_logprobs) fields.fail("prompt_logprobs", "cannot be streamed");
   refuse_true(fields, {"use_beam_search", "return_token_ids", "return_tokens_as_token_ids"});
-  refuse_present(fields, {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-                          "structural_tag", "json_schema", "grammar", "bad_words", "logits_processors", "kv_transfer_params"});
+  refuse_present(
+      fields, {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag",
+               "json_schema", "grammar", "bad_words", "logits_processors", "kv_transfer_params"});
   for (const char* const name : {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                                  "request_id", "spaces_between_special_tokens"}) {
     fields.ignore(name);
@@ -196,31 +198,53 @@ struct ErrorKind {
 
 ErrorKind error_kind(int http_status) {
   switch (http_status) {
-    case 401: return {401, "invalid_request_error", "invalid_api_key"};
-    case 404: return {404, "invalid_request_error", "not_found"};
-    case 405: return {405, "invalid_request_error", "method_not_allowed"};
-    case 408: return {408, "timeout_error", "request_timeout"};
-    case 413: return {413, "invalid_request_error", "request_too_large"};
-    case 415: return {415, "invalid_request_error", "unsupported_media_type"};
-    case 429: return {429, "rate_limit_error", "queue_full"};
-    case 431: return {431, "invalid_request_error", "headers_too_large"};
-    case 503: return {503, "service_unavailable_error", "unavailable"};
-    case 500: return {500, "server_error", "internal_error"};
-    default: return {400, "invalid_request_error", "invalid_request"};
+    case 401:
+      return {401, "invalid_request_error", "invalid_api_key"};
+    case 404:
+      return {404, "invalid_request_error", "not_found"};
+    case 405:
+      return {405, "invalid_request_error", "method_not_allowed"};
+    case 408:
+      return {408, "timeout_error", "request_timeout"};
+    case 413:
+      return {413, "invalid_request_error", "request_too_large"};
+    case 415:
+      return {415, "invalid_request_error", "unsupported_media_type"};
+    case 429:
+      return {429, "rate_limit_error", "queue_full"};
+    case 431:
+      return {431, "invalid_request_error", "headers_too_large"};
+    case 503:
+      return {503, "service_unavailable_error", "unavailable"};
+    case 500:
+      return {500, "server_error", "internal_error"};
+    default:
+      return {400, "invalid_request_error", "invalid_request"};
   }
 }
 
 WireJson envelope(int http_status, const std::string& message, const std::string& param, const std::string& code) {
   const ErrorKind kind = error_kind(http_status);
-  WireJson error = {{"message", message}, {"type", kind.type}, {"param", nullptr}, {"code", code.empty() ? kind.code : code}};
-  if (!param.empty()) error["param"] = param;
-  return {{"error", std::move(error)}};
+  WireJson error = WireJson::object();
+  error["message"] = message;
+  error["type"] = kind.type;
+  error["param"] = param.empty() ? WireJson() : WireJson(param);
+  error["code"] = code.empty() ? kind.code : code;
+  WireJson out = WireJson::object();
+  out["error"] = std::move(error);
+  return out;
 }
 
 WireJson model_entry(const ModelInfo& model, const std::string& name) {
-  return {{"id", name},           {"object", "model"}, {"created", model.created_s},
-          {"owned_by", "moed"},   {"root", model.root}, {"parent", nullptr},
-          {"max_model_len", model.max_model_len}};
+  WireJson out = WireJson::object();
+  out["id"] = name;
+  out["object"] = "model";
+  out["created"] = model.created_s;
+  out["owned_by"] = "moed";
+  out["root"] = model.root;
+  out["parent"] = nullptr;
+  out["max_model_len"] = model.max_model_len;
+  return out;
 }
 
 }  // namespace
@@ -300,16 +324,23 @@ StatusOr<DetokenizeCall> parse_detokenize_request(std::string_view body, int64_t
 
 int http_status_of(StatusCode code) {
   switch (code) {
-    case StatusCode::kOk: return 200;
+    case StatusCode::kOk:
+      return 200;
     case StatusCode::kInvalidArgument:
-    case StatusCode::kUnimplemented: return 400;
-    case StatusCode::kUnauthenticated: return 401;
-    case StatusCode::kNotFound: return 404;
-    case StatusCode::kResourceExhausted: return 429;
+    case StatusCode::kUnimplemented:
+      return 400;
+    case StatusCode::kUnauthenticated:
+      return 401;
+    case StatusCode::kNotFound:
+      return 404;
+    case StatusCode::kResourceExhausted:
+      return 429;
     case StatusCode::kUnavailable:
     case StatusCode::kCancelled:
-    case StatusCode::kDeadlineExceeded: return 503;
-    case StatusCode::kInternal: return 500;
+    case StatusCode::kDeadlineExceeded:
+      return 503;
+    case StatusCode::kInternal:
+      return 500;
   }
   return 500;
 }
@@ -332,18 +363,27 @@ std::string error_json(const Status& status) {
 std::string models_json(const ModelInfo& model) {
   WireJson list = WireJson::array();
   for (const std::string& name : model.names) list.push_back(model_entry(model, name));
-  return dump_json({{"object", "list"}, {"data", std::move(list)}});
+  WireJson out = WireJson::object();
+  out["object"] = "list";
+  out["data"] = std::move(list);
+  return dump_json(out);
 }
 
 std::string model_json(const ModelInfo& model, const std::string& name) { return dump_json(model_entry(model, name)); }
 
 std::string tokenize_json(const TokenizeResult& result) {
-  return dump_json({{"count", result.tokens.size()},
-                    {"max_model_len", result.max_model_len},
-                    {"tokens", result.tokens},
-                    {"token_strs", nullptr}});
+  WireJson out = WireJson::object();
+  out["count"] = result.tokens.size();
+  out["max_model_len"] = result.max_model_len;
+  out["tokens"] = result.tokens;
+  out["token_strs"] = nullptr;
+  return dump_json(out);
 }
 
-std::string detokenize_json(const std::string& text) { return dump_json({{"prompt", text}}); }
+std::string detokenize_json(const std::string& text) {
+  WireJson out = WireJson::object();
+  out["prompt"] = text;
+  return dump_json(out);
+}
 
 }  // namespace moed

@@ -11,19 +11,21 @@
 
 namespace moed {
 
-// OpenAI's JSON, and vLLM's extras, into GenerationParams. Pure. Only JSON types, unsupported fields and fields that concern the wire alone are
-// checked here; ranges and limits are checked behind Service::start, the same for both doors.
+// OpenAI's JSON, and vLLM's extras, into GenerationParams. Pure. Only JSON types, unsupported fields and fields that
+// concern the wire alone are checked here; ranges and limits are checked behind Service::start, the same for both
+// doors.
 
 // One call of POST /v1/chat/completions or /v1/completions.
 struct OpenAiCall {
   GenerationParams params;
   bool stream = false;
-  bool include_usage = false;     // stream_options
-  bool continuous_usage = false;  // stream_options.continuous_usage_stats
+  bool include_usage = false;               // stream_options
+  bool continuous_usage = false;            // stream_options.continuous_usage_stats
   std::vector<std::string> unknown_fields;  // ignored; at most 16, escaped and cut to 64 bytes, for the log
 };
 
-// Errors: kInvalidArgument with param() = the field; kUnimplemented (400 on the wire) for what is known and not supported.
+// Errors: kInvalidArgument with param() = the field; kUnimplemented (400 on the wire) for what is known and not
+// supported.
 StatusOr<OpenAiCall> parse_chat_request(std::string_view body, int64_t json_depth_max);
 StatusOr<OpenAiCall> parse_completion_request(std::string_view body, int64_t json_depth_max);
 StatusOr<TokenizeParams> parse_tokenize_request(std::string_view body, int64_t json_depth_max);

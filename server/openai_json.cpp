@@ -29,7 +29,8 @@ Status check_shape(std::string_view body, int64_t depth_max) {
     } else if (c == '{' || c == '[') {
       members.push_back(0);
       if (static_cast<int64_t>(members.size()) > depth_max) {
-        return invalid_argument("the request's JSON is nested deeper than " + std::to_string(depth_max) + " levels (json_depth_max)");
+        return invalid_argument("the request's JSON is nested deeper than " + std::to_string(depth_max) +
+                                " levels (json_depth_max)");
       }
     } else if (c == ':' && !members.empty()) {
       work += 2 * members.back()++ + 1;
@@ -98,8 +99,8 @@ void Fields::fail(const char* name, const std::string& what) {
 
 void Fields::refuse(const char* name, const std::string& message) {
   if (!status_.ok()) return;
-  status_ = Status(StatusCode::kUnimplemented, message.empty() ? path_ + name + " is not supported yet" : message, path_ + name,
-                   "unsupported_parameter");
+  status_ = Status(StatusCode::kUnimplemented, message.empty() ? path_ + name + " is not supported yet" : message,
+                   path_ + name, "unsupported_parameter");
 }
 
 void Fields::read(const char* name, std::optional<double>& target) {

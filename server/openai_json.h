@@ -15,13 +15,15 @@ namespace moed {
 // Keeps the order of keys: templates print what clients sent.
 using WireJson = nlohmann::ordered_json;
 
-// Parses a request's body: an object, valid UTF-8, nested at most `depth_max` deep. Messages give positions, never text.
+// Parses a request's body: an object, valid UTF-8, nested at most `depth_max` deep. Messages give positions, never
+// text.
 StatusOr<WireJson> parse_body(std::string_view body, int64_t depth_max);
 
 // Text that never throws: bytes that are not UTF-8 become U+FFFD.
 std::string dump_json(const WireJson& json);
 
-// Reads the fields of a JSON object by name and type. null counts as absent. Keeps the first error, and which fields were asked for.
+// Reads the fields of a JSON object by name and type. null counts as absent. Keeps the first error, and which fields
+// were asked for.
 class Fields {
  public:
   // `path` goes before the names in errors: "stream_options." or empty.

@@ -1,0 +1,344 @@
+#include "server/http_api.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <random>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "server/http_wire.h"
+#include "server/openai.h"
+#include "server/openai_answer.h"
+
+namespace moed {
+
+namespace {
+
+constexpr size_t kIdBytesMax = 128;
+constexpr size_t kUnknownFieldsMax = 256;  // names remembered, and so log lines
+constexpr std::string_view kModelPrefix = "/v1/models/";
+
+struct Route {
+  std::string_view path;
+  std::string_view method;  // GET (and HEAD) or POST
+  bool open;                // needs no key
+};
+constexpr std::array<Route, 11> kRoutes{{
+    {"/v1/chat/completions", "POST", false},
+    {"/v1/completions", "POST", false},
+    {"/tokenize", "POST", false},
+    {"/detokenize", "POST", false},
+    {"/v1/models", "GET", false},
+    {kModelPrefix, "GET", false},
+    {"/info", "GET", false},
+    {"/metrics", "GET", false},
+    {"/live", "GET", true},
+    {"/health", "GET", true},
+    {"/ready", "GET", true},
+}};
+
+const Route* find_route(std::string_view path) {
+  for (const Route& route : kRoutes) {
+    const bool is_prefix = route.path == kModelPrefix;
+    if (is_prefix ? path.starts_with(route.path) && path.size() > route.path.size() : path == route.path) return &route;
+  }
+  return nullptr;
+}
+
+int64_t unix_seconds() {
+  return std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+}
+
+std::string_view bearer(std::string_view authorization) {
+  constexpr std::string_view kScheme = "bearer ";
+  if (authorization.size() < kScheme.size() || lower_case(authorization.substr(0, kScheme.size())) != kScheme)
+    return {};
+  authorization.remove_prefix(kScheme.size());
+  while (authorization.starts_with(' ')) authorization.remove_prefix(1);
+  while (authorization.ends_with(' ')) authorization.remove_suffix(1);
+  return authorization;
+}
+
+bool is_json(std::string_view content_type) {
+  std::string type = lower_case(content_type.substr(0, content_type.find(';')));
+  type.erase(type.find_last_not_of(" \t") + 1);
+  return type == "application/json";
+}
+
+bool is_request_id(std::string_view id) {
+  return !id.empty() && id.size() <= kIdBytesMax && std::all_of(id.begin(), id.end(), [](char c) {
+    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
+           c == '-';
+  });
+}
+
+// An answer that was ready at once.
+class ReadyTask : public HttpTask {
+ public:
+  explicit ReadyTask(HttpReply reply) : reply_(std::move(reply)) {}
+  std::optional<HttpReply> reply() override { return std::move(reply_); }
+
+ private:
+  HttpReply reply_;
+};
+
+std::unique_ptr<HttpTask> ready(HttpReply reply) { return std::make_unique<ReadyTask>(std::move(reply)); }
+
+// An answer that another thread makes with one call. The call keeps its `Result` alive: the task may die first.
+class CalledTask : public HttpTask {
+ public:
+  struct Result {
+    std::mutex mutex;
+    std::optional<HttpReply> reply;  // under mutex
+    std::function<void()> wake;
+    void set(HttpReply value) {
+      {
+        const std::lock_guard lock(mutex);
+        reply = std::move(value);
+      }
+      wake();
+    }
+  };
+  explicit CalledTask(std::shared_ptr<Result> result) : result_(std::move(result)) {}
+  std::optional<HttpReply> reply() override {
+    const std::lock_guard lock(result_->mutex);
+    return std::move(result_->reply);
+  }
+
+ private:
+  std::shared_ptr<Result> result_;
+};
+
+// A chat or completion, streamed or not. One log line at its end, without a word of the prompt or the answer.
+class GenerationTask : public HttpTask {
+ public:
+  GenerationTask(OpenAiCall call, AnswerHead head, std::string request_id)
+      : call_(std::move(call)), id_(std::move(request_id)), plain_(call_, head), stream_(call_, std::move(head)) {}
+  ~GenerationTask() override;
+  void start(Service& service, std::function<void()> wake) {
+    // `params` stays: the answer depends on some of it. Prompts may be large and are needed once.
+    GenerationParams params = std::move(call_.params);
+    call_.params = GenerationParams{};
+    call_.params.chat = params.chat;
+    call_.params.echo = params.echo;
+    call_.params.logprobs = params.logprobs;
+    call_.params.prompt_logprobs = params.prompt_logprobs;
+    call_.params.stop_token_ids = params.stop_token_ids;
+    generation_ = service.start(std::move(params), std::move(wake));
+  }
+
+  bool streaming() const override { return call_.stream && status_code_ == 200; }
+  std::string_view ping() const override { return ": ping\n\n"; }
+  std::optional<HttpReply> reply() override;
+  bool read(std::string& out) override;
+
+ private:
+  OpenAiCall call_;
+  std::string id_;
+  PlainAnswer plain_;
+  StreamAnswer stream_;
+  std::shared_ptr<Generation> generation_;
+  Generation::Update held_;  // stream: came with the news that the head may go out
+  bool has_held_ = false;
+  int status_code_ = 200;
+  const char* outcome_ = "left";  // the client, unless something else is known
+  int64_t begin_us_ = now_us();
+};
+
+GenerationTask::~GenerationTask() {
+  const Usage usage = generation_->usage();
+  spdlog::info("request id={} path={} stream={} status={} outcome={} prompt_tokens={} completion_tokens={} ms={}", id_,
+               call_.params.chat ? "/v1/chat/completions" : "/v1/completions", call_.stream, status_code_, outcome_,
+               usage.prompt_tokens, usage.completion_tokens, (now_us() - begin_us_) / 1000);
+}
+
+std::optional<HttpReply> GenerationTask::reply() {
+  Generation::Update update = generation_->poll();
+  if (update.phase == Generation::Phase::kPreparing) return std::nullopt;
+  if (update.phase == Generation::Phase::kRefused || (!call_.stream && update.phase == Generation::Phase::kFailed)) {
+    outcome_ = update.phase == Generation::Phase::kRefused ? "refused" : "failed";
+    HttpReply reply = error_reply(update.status);
+    status_code_ = reply.status;
+    return reply;
+  }
+  if (call_.stream) {
+    held_ = std::move(update);
+    has_held_ = true;
+    HttpReply reply{.content_type = "text/event-stream; charset=utf-8"};
+    reply.headers = {{"Cache-Control", "no-cache"}, {"X-Accel-Buffering", "no"}};
+    return reply;
+  }
+  for (const Delta& delta : update.deltas) plain_.add(delta);
+  if (update.phase != Generation::Phase::kDone) return std::nullopt;
+  outcome_ = "done";
+  return HttpReply{.body = plain_.json(generation_->usage(), generation_->num_choices())};
+}
+
+bool GenerationTask::read(std::string& out) {
+  const Generation::Update update = has_held_ ? std::move(held_) : generation_->poll();
+  has_held_ = false;
+  const Usage usage = generation_->usage();
+  for (const Delta& delta : update.deltas) stream_.add(delta, usage, out);
+  if (update.phase == Generation::Phase::kDone) {
+    outcome_ = "done";
+    stream_.end(usage, out);
+    return false;
+  }
+  if (update.phase == Generation::Phase::kFailed || update.phase == Generation::Phase::kRefused) {
+    outcome_ = "failed";
+    out += "data: " + error_json(update.status) + "\n\n";
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+HttpApi::HttpApi(Service& service, const Settings& settings)
+    : service_(service), json_depth_max_(settings.limits.json_depth_max), cors_origin_(settings.server.cors_origin) {}
+
+std::optional<HttpReply> HttpApi::admit(HttpRequest& request) {
+  const std::string_view given = request.header("x-request-id");
+  request.id = is_request_id(given) ? std::string(given) : fresh_id();
+  const Route* const route = find_route(request.path);
+  if (route == nullptr) return error_reply(404, "there is no such path");
+  if (request.method == "OPTIONS" && !cors_origin_.empty()) return preflight(request);
+  const bool matches = request.method == route->method || (route->method == "GET" && request.method == "HEAD");
+  if (!matches) {
+    HttpReply reply = error_reply(405, "this path takes " + std::string(route->method));
+    reply.headers.emplace_back("Allow", route->method == "GET" ? "GET, HEAD" : "POST");
+    return reply;
+  }
+  if (!route->open && !service_.authorized(bearer(request.header("authorization")))) {
+    return error_reply(401, "a valid API key is needed: Authorization: Bearer KEY");
+  }
+  if (route->method == "POST") {
+    if (!is_json(request.header("content-type"))) return error_reply(415, "Content-Type must be application/json");
+    const std::string encoding = lower_case(request.header("content-encoding"));
+    if (!encoding.empty() && encoding != "identity") return error_reply(415, "Content-Encoding is not supported");
+  }
+  return std::nullopt;
+}
+
+std::unique_ptr<HttpTask> HttpApi::handle(HttpRequest request, std::function<void()> wake) {
+  if (request.method != "POST") return ready(get(request));
+  if (request.path == "/v1/chat/completions") return generate(request, true, std::move(wake));
+  if (request.path == "/v1/completions") return generate(request, false, std::move(wake));
+  if (request.path == "/tokenize") return tokenize(request, std::move(wake));
+  return detokenize(request, std::move(wake));
+}
+
+std::unique_ptr<HttpTask> HttpApi::generate(const HttpRequest& request, bool chat, std::function<void()> wake) {
+  auto call = chat ? parse_chat_request(request.body, json_depth_max_)
+                   : parse_completion_request(request.body, json_depth_max_);
+  if (!call.ok()) return ready(error_reply(call.status()));
+  if (const Status known = service_.check_model(call->params.model); !known.ok()) return ready(error_reply(known));
+  log_unknown_fields(call->unknown_fields);
+  AnswerHead head{(chat ? "chatcmpl-" : "cmpl-") + request.id, unix_seconds(), call->params.model};
+  if (head.model.empty()) {
+    const ModelInfo ours = service_.model();
+    if (!ours.names.empty()) head.model = ours.names.front();
+  }
+  call->params.request_id = request.id;
+  auto task = std::make_unique<GenerationTask>(std::move(call).value(), std::move(head), request.id);
+  task->start(service_, std::move(wake));
+  return task;
+}
+
+std::unique_ptr<HttpTask> HttpApi::tokenize(const HttpRequest& request, std::function<void()> wake) {
+  auto params = parse_tokenize_request(request.body, json_depth_max_);
+  if (!params.ok()) return ready(error_reply(params.status()));
+  const auto result = std::make_shared<CalledTask::Result>();
+  result->wake = std::move(wake);
+  service_.tokenize(std::move(params).value(), [result](StatusOr<TokenizeResult> answer) {
+    result->set(answer.ok() ? HttpReply{.body = tokenize_json(*answer)} : error_reply(answer.status()));
+  });
+  return std::make_unique<CalledTask>(result);
+}
+
+std::unique_ptr<HttpTask> HttpApi::detokenize(const HttpRequest& request, std::function<void()> wake) {
+  auto call = parse_detokenize_request(request.body, json_depth_max_);
+  if (!call.ok()) return ready(error_reply(call.status()));
+  const auto result = std::make_shared<CalledTask::Result>();
+  result->wake = std::move(wake);
+  service_.detokenize(std::move(call->model), std::move(call->tokens), [result](StatusOr<std::string> answer) {
+    result->set(answer.ok() ? HttpReply{.body = detokenize_json(*answer)} : error_reply(answer.status()));
+  });
+  return std::make_unique<CalledTask>(result);
+}
+
+HttpReply HttpApi::get(const HttpRequest& request) const {
+  if (request.path == "/metrics") {
+    return {.content_type = "text/plain; version=0.0.4; charset=utf-8", .body = service_.metrics_text()};
+  }
+  if (request.path == "/info") return {.body = service_.info_json()};
+  if (request.path == "/v1/models") return {.body = models_json(service_.model())};
+  if (request.path.starts_with(kModelPrefix)) {
+    const std::string name = percent_decoded(std::string_view(request.path).substr(kModelPrefix.size()));
+    if (const Status known = service_.check_model(name); !known.ok()) return error_reply(known);
+    return {.body = model_json(service_.model(), name)};
+  }
+  return get_health(request.path);
+}
+
+HttpReply HttpApi::get_health(const std::string& path) const {
+  const Health health = service_.health();
+  const auto answer = [](int status, const char* state, const std::string& more = {}) {
+    HttpReply reply{.status = status, .body = std::string("{\"status\":\"") + state + "\"" + more + "}"};
+    if (status == 503) reply.headers.emplace_back("Retry-After", "1");
+    return reply;
+  };
+  if (path == "/live") return health.alive ? answer(200, "alive") : answer(503, "stuck");
+  if (health.state == ServerState::kLoading) {
+    return answer(503, "loading",
+                  ",\"loaded_bytes\":" + std::to_string(health.loaded_bytes) +
+                      ",\"total_bytes\":" + std::to_string(health.total_bytes));
+  }
+  if (health.state == ServerState::kDraining) return answer(path == "/ready" ? 503 : 200, "draining");
+  return answer(200, "ready");
+}
+
+HttpReply HttpApi::refuse(int status, const std::string& message) { return error_reply(status, message); }
+
+void HttpApi::finish_reply(const HttpRequest* request, HttpReply& reply) {
+  if (request == nullptr) return;
+  if (!request->id.empty()) reply.headers.emplace_back("X-Request-Id", request->id);
+  if (const std::string_view origin = request->header("origin"); allows_origin(origin)) {
+    reply.headers.emplace_back("Access-Control-Allow-Origin", std::string(origin));
+    reply.headers.emplace_back("Vary", "Origin");
+  }
+}
+
+HttpReply HttpApi::preflight(const HttpRequest& request) const {
+  HttpReply reply{.status = 204};
+  if (!allows_origin(request.header("origin"))) return reply;
+  reply.headers = {{"Access-Control-Allow-Methods", "GET, POST, OPTIONS"},
+                   {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
+                   {"Access-Control-Max-Age", "600"}};
+  return reply;
+}
+
+bool HttpApi::allows_origin(std::string_view origin) const {
+  return !origin.empty() && std::any_of(cors_origin_.begin(), cors_origin_.end(), [origin](const std::string& allowed) {
+    return allowed == "*" || allowed == origin;
+  });
+}
+
+std::string HttpApi::fresh_id() const {
+  thread_local std::mt19937_64 random{std::random_device{}()};
+  std::array<char, 33> text{};
+  std::snprintf(text.data(), text.size(), "%016llx%016llx", static_cast<unsigned long long>(random()),
+                static_cast<unsigned long long>(random()));
+  return text.data();
+}
+
+void HttpApi::log_unknown_fields(const std::vector<std::string>& names) {
+  const std::lock_guard lock(mutex_);
+  for (const std::string& name : names) {
+    if (unknown_fields_.size() >= kUnknownFieldsMax) return;
+    if (unknown_fields_.insert(name).second) spdlog::info("request field {} is unknown and ignored", name);
+  }
+}
+
+}  // namespace moed
