@@ -17,6 +17,7 @@ constexpr const char* kUsage =
     "  moed serve --model DIR [--config FILE] [...]   serve a checkpoint over HTTP and gRPC; `moed serve --help` lists\n"
     "                                                 every setting\n"
     "  moed health [--host H] [--port N]              exit 0 when the daemon on this machine answers /health with 200\n"
+    "  moed docs-config                               print docs/CONFIG.md\n"
     "  moed version                                   print the version\n";
 
 int run_serve(const std::vector<std::string>& args) {
@@ -43,6 +44,10 @@ int main(int argc, char** argv) {
   const std::vector<std::string> args(argv + std::min(argc, 2), argv + argc);
   if (command == "serve") return run_serve(args);
   if (command == "health") return moed::health(args);
+  if (command == "docs-config") {
+    std::fputs(moed::settings_markdown().c_str(), stdout);
+    return 0;
+  }
   if (command == "version" || command == "--version") {
     std::puts("moed " MOED_VERSION);
     return 0;
