@@ -27,7 +27,8 @@ class HybridEngine : public Engine {
       MOED_ASSIGN_OR_RETURN(PassBuffers buffers, PassBuffers::allocate(model_, config_, device));
       slots_.push_back(std::make_unique<PassSlot>(PassSlot{std::move(buffers), StepClock(device, *stream_)}));
     }
-    MOED_ASSIGN_OR_RETURN(KvPool kv, KvPool::make(model_, config_.kv_blocks, config_.block_tokens));
+    MOED_ASSIGN_OR_RETURN(KvPool kv,
+                          KvPool::make(model_, config_.kv_blocks, config_.block_tokens, config_.prefault_kv));
     kv_ = std::make_unique<KvPool>(std::move(kv));
     MOED_ASSIGN_OR_RETURN(Head head, Head::make(model_, weights, config_.rows_max, device, *stream_));
     head_ = std::make_unique<Head>(std::move(head));

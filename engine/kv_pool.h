@@ -13,9 +13,9 @@ namespace moed {
 // holds which block is the scheduler's. Lies in host memory. Serving thread only.
 class KvPool {
  public:
-  // Every page is touched here, so that a daemon that came up cannot run out of memory later.
+  // prefault: touch every page now, see EngineConfig.
   // Errors: kResourceExhausted with the bytes asked for.
-  static StatusOr<KvPool> make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens);
+  static StatusOr<KvPool> make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens, bool prefault);
 
   KvLayer layer(int32_t layer) const;
   // REQUIRES: both in [0, num_blocks()).
