@@ -1,0 +1,404 @@
+#include "server/grpc_server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/grpcpp.h>
+#include <grpcpp/health_check_service_interface.h>
+
+#include <algorithm>
+#include <boost/asio/post.hpp>
+#include <boost/asio/strand.hpp>
+#include <boost/asio/thread_pool.hpp>
+#include <chrono>
+#include <deque>
+#include <functional>
+#include <random>
+#include <set>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "moed.grpc.pb.h"
+#include "server/grpc_convert.h"
+
+namespace moed {
+
+namespace {
+
+constexpr int kPumpThreads = 2;       // make messages of what generations have ready
+constexpr int kStreamsMax = 1024;     // calls at once on one connection
+constexpr int kKeepaliveMs = 20'000;  // a dead client is seen after about two of these
+constexpr size_t kIdBytesMax = 128;
+
+using Pool = boost::asio::thread_pool;
+using Strand = boost::asio::strand<Pool::executor_type>;
+
+std::string fresh_id() {
+  thread_local std::mt19937_64 random{std::random_device{}()};
+  return fmt::format("{:016x}{:016x}", random(), random());
+}
+
+// The client's own, if it may stand in a log line.
+std::string request_id(const std::string& given) {
+  const bool good =
+      !given.empty() && given.size() <= kIdBytesMax && std::all_of(given.begin(), given.end(), [](char c) {
+        return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '_' || c == '-';
+      });
+  return good ? given : fresh_id();
+}
+
+AnswerShape shape_of(const GenerationParams& params, const Service& service) {
+  AnswerShape shape;
+  shape.id = (params.chat ? "chatcmpl-" : "cmpl-") + params.request_id;
+  shape.created_s =
+      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count();
+  shape.model = params.model;
+  if (shape.model.empty()) {
+    const ModelInfo ours = service.model();
+    if (!ours.names.empty()) shape.model = ours.names.front();
+  }
+  shape.logprobs = params.logprobs.has_value();
+  shape.num_top = params.logprobs.value_or(0);
+  shape.prompt_logprobs = params.prompt_logprobs.has_value();
+  shape.num_prompt_top = params.prompt_logprobs.value_or(0);
+  shape.echo = params.echo;
+  return shape;
+}
+
+// One call that generates. A gRPC reactor lives until OnDone, a generation's wake may come later: so the call owns
+// itself until OnDone, and all else that reaches it holds a share. Its state belongs to its strand.
+class Call : public std::enable_shared_from_this<Call> {
+ public:
+  Call(std::shared_ptr<Pool> pool, const char* method)
+      : pool_(std::move(pool)), strand_(boost::asio::make_strand(*pool_)), method_(method) {}
+  virtual ~Call() = default;
+
+  void start(Service& service, StatusOr<GenerationParams> params) {
+    self_ = shared_from_this();
+    if (!params.ok()) return end(params.status());
+    if (const Status known = service.check_model(params->model); !known.ok()) return end(known);
+    params->request_id = request_id(params->request_id);
+    shape_ = shape_of(*params, service);
+    // Under way on the strand: wakes wait behind it, so generation_ is set when the first is seen.
+    post([this, &service, wanted = std::make_shared<GenerationParams>(std::move(params).value())] {
+      if (ended_) return;
+      generation_ = service.start(std::move(*wanted), [weak = weak_from_this()] {
+        if (const auto call = weak.lock()) call->post([raw = call.get()] { raw->advance(); });
+      });
+      advance();
+    });
+  }
+
+ protected:
+  // On the strand; the call is alive while `work` runs.
+  void post(std::function<void()> work) {
+    boost::asio::post(strand_, [self = shared_from_this(), work = std::move(work)] { work(); });
+  }
+  void cancel() {
+    post([this] {
+      if (generation_) generation_->cancel();
+      stop(grpc::Status(grpc::StatusCode::CANCELLED, "the call was cancelled"));
+    });
+  }
+  void done() {
+    post([this] {
+      const Usage usage = generation_ ? generation_->usage() : Usage();
+      spdlog::info("request id={} grpc={} status={} prompt_tokens={} completion_tokens={} ms={}", shape_.id, method_,
+                   static_cast<int>(status_.error_code()), usage.prompt_tokens, usage.completion_tokens,
+                   (now_us() - begin_us_) / 1000);
+      generation_.reset();
+      self_.reset();
+    });
+  }
+  void stop(grpc::Status status) {
+    if (ended_) return;
+    ended_ = true;
+    status_ = std::move(status);
+    advance();
+  }
+  void end(const Status& status) {
+    post([this, answer = to_grpc(status)] { stop(answer); });
+  }
+  virtual void advance() = 0;
+
+  const std::shared_ptr<Pool> pool_;
+  Strand strand_;
+  const char* const method_;
+  AnswerShape shape_;
+  std::shared_ptr<Generation> generation_;
+  bool ended_ = false;  // nothing more will be made: status_ is the outcome
+  grpc::Status status_;
+
+ private:
+  std::shared_ptr<Call> self_;
+  const int64_t begin_us_ = now_us();
+};
+
+template <class Chunk>
+class StreamCall final : public Call, public grpc::ServerWriteReactor<Chunk> {
+ public:
+  using Call::Call;
+
+ private:
+  void OnWriteDone(bool ok) override {
+    post([this, ok] {
+      writing_ = false;
+      if (!ok) {
+        if (generation_) generation_->cancel();
+        stop(grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone"));
+      }
+      advance();
+    });
+  }
+  void OnCancel() override { cancel(); }
+  void OnDone() override { done(); }
+
+  void advance() override {
+    if (writing_ || finished_) return;
+    if (ready_.empty() && !ended_ && generation_) take(generation_->poll());
+    if (status_.error_code() == grpc::StatusCode::CANCELLED) ready_.clear();
+    if (!ready_.empty()) {
+      current_ = std::move(ready_.front());
+      ready_.pop_front();
+      writing_ = true;
+      this->StartWrite(&current_);
+    } else if (ended_) {
+      finished_ = true;
+      this->Finish(status_);
+    }
+  }
+
+  void take(const Generation::Update& update) {
+    for (const Delta& delta : update.deltas) {
+      Chunk chunk;
+      if (make_chunk(delta, shape_, begun_.insert(delta.choice).second, chunk)) ready_.push_back(std::move(chunk));
+    }
+    if (update.phase == Generation::Phase::kDone) {
+      make_last(generation_->usage(), shape_, ready_.emplace_back());
+      ended_ = true;
+    } else if (update.phase == Generation::Phase::kRefused || update.phase == Generation::Phase::kFailed) {
+      status_ = to_grpc(update.status);
+      ended_ = true;
+    }
+  }
+
+  std::deque<Chunk> ready_;
+  Chunk current_;
+  std::set<int32_t> begun_;
+  bool writing_ = false;
+  bool finished_ = false;
+};
+
+class ChatCall final : public Call, public grpc::ServerUnaryReactor {
+ public:
+  ChatCall(std::shared_ptr<Pool> pool, const char* method, v1::ChatCompletionResponse* response)
+      : Call(std::move(pool), method), response_(response) {}
+
+ private:
+  void OnCancel() override { cancel(); }
+  void OnDone() override { done(); }
+
+  void advance() override {
+    if (finished_) return;
+    if (!ended_ && generation_) {
+      const Generation::Update update = generation_->poll();
+      for (const Delta& delta : update.deltas) add_delta(delta, shape_, *response_);
+      if (update.phase == Generation::Phase::kDone) {
+        response_->set_id(shape_.id);
+        response_->set_created(shape_.created_s);
+        response_->set_model(shape_.model);
+        fill_usage(generation_->usage(), response_->mutable_usage());
+        ended_ = true;
+      } else if (update.phase == Generation::Phase::kRefused || update.phase == Generation::Phase::kFailed) {
+        status_ = to_grpc(update.status);
+        ended_ = true;
+      }
+    }
+    if (!ended_) return;
+    finished_ = true;
+    Finish(status_);
+  }
+
+  v1::ChatCompletionResponse* const response_;
+  bool finished_ = false;
+};
+
+const char* state_name(ServerState state) {
+  switch (state) {
+    case ServerState::kLoading:
+      return "loading";
+    case ServerState::kReady:
+      return "ready";
+    case ServerState::kDraining:
+      return "draining";
+  }
+  return "";
+}
+
+class InferenceService final : public v1::Inference::CallbackService {
+ public:
+  InferenceService(moed::Service& service,  // the base has a Service of its own
+                   int64_t json_depth_max)
+      : service_(service), json_depth_max_(json_depth_max), pool_(std::make_shared<Pool>(kPumpThreads)) {}
+  ~InferenceService() override { pool_->join(); }
+
+ private:
+  using Context = grpc::CallbackServerContext;
+
+  grpc::ServerUnaryReactor* ChatCompletion(Context* context, const v1::ChatCompletionRequest* request,
+                                           v1::ChatCompletionResponse* response) override {
+    const auto call = std::make_shared<ChatCall>(pool_, "ChatCompletion", response);
+    call->start(service_, admit(*context, [&] { return to_params(*request, json_depth_max_); }));
+    return call.get();
+  }
+  grpc::ServerWriteReactor<v1::ChatCompletionChunk>* StreamChatCompletion(
+      Context* context, const v1::ChatCompletionRequest* request) override {
+    const auto call = std::make_shared<StreamCall<v1::ChatCompletionChunk>>(pool_, "StreamChatCompletion");
+    call->start(service_, admit(*context, [&] { return to_params(*request, json_depth_max_); }));
+    return call.get();
+  }
+  grpc::ServerWriteReactor<v1::GenerateChunk>* Generate(Context* context, const v1::GenerateRequest* request) override {
+    const auto call = std::make_shared<StreamCall<v1::GenerateChunk>>(pool_, "Generate");
+    call->start(service_, admit(*context, [&] { return to_params(*request); }));
+    return call.get();
+  }
+
+  grpc::ServerUnaryReactor* Tokenize(Context* context, const v1::TokenizeRequest* request,
+                                     v1::TokenizeResponse* response) override {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    auto params = admit(*context, [&] { return to_params(*request); });
+    if (!params.ok()) {
+      reactor->Finish(to_grpc(params.status()));
+      return reactor;
+    }
+    service_.tokenize(std::move(params).value(), [reactor, response](StatusOr<TokenizeResult> result) {
+      if (!result.ok()) return reactor->Finish(to_grpc(result.status()));
+      response->mutable_token_ids()->Assign(result->tokens.begin(), result->tokens.end());
+      response->set_max_model_len(result->max_model_len);
+      reactor->Finish(grpc::Status::OK);
+    });
+    return reactor;
+  }
+  grpc::ServerUnaryReactor* Detokenize(Context* context, const v1::DetokenizeRequest* request,
+                                       v1::DetokenizeResponse* response) override {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    if (const Status status = authorize(*context); !status.ok()) {
+      reactor->Finish(to_grpc(status));
+      return reactor;
+    }
+    std::vector<int64_t> ids(request->token_ids().begin(), request->token_ids().end());
+    service_.detokenize(request->model(), std::move(ids), [reactor, response](StatusOr<std::string> text) {
+      if (!text.ok()) return reactor->Finish(to_grpc(text.status()));
+      response->set_text(std::move(text).value());
+      reactor->Finish(grpc::Status::OK);
+    });
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* GetModelInfo(Context* context, const v1::GetModelInfoRequest*,
+                                         v1::GetModelInfoResponse* response) override {
+    return answer(*context, [&] {
+      const ModelInfo model = service_.model();
+      for (const std::string& name : model.names) response->add_names(name);
+      response->set_root(model.root);
+      response->set_max_model_len(model.max_model_len);
+      response->set_created(model.created_s);
+    });
+  }
+  grpc::ServerUnaryReactor* GetServerInfo(Context* context, const v1::GetServerInfoRequest*,
+                                          v1::GetServerInfoResponse* response) override {
+    return answer(*context, [&] {
+      response->set_state(state_name(service_.health().state));
+      response->set_info_json(service_.info_json());
+    });
+  }
+  grpc::ServerUnaryReactor* GetLoads(Context* context, const v1::GetLoadsRequest*,
+                                     v1::GetLoadsResponse* response) override {
+    return answer(*context, [&] {
+      const Loads loads = service_.loads();
+      response->set_running(loads.running);
+      response->set_waiting(loads.waiting);
+      response->set_kv_usage(loads.kv_usage);
+    });
+  }
+
+  Status authorize(const Context& context) const {
+    std::string_view key;
+    const auto found = context.client_metadata().find("authorization");
+    if (found != context.client_metadata().end()) {
+      key = std::string_view(found->second.data(), found->second.size());
+      if (key.starts_with("Bearer ") || key.starts_with("bearer ")) key.remove_prefix(7);
+    }
+    if (service_.authorized(key)) return Status();
+    return Status(StatusCode::kUnauthenticated, "a valid API key is needed: metadata authorization: Bearer KEY");
+  }
+  // `convert`'s answer, if the caller may ask.
+  template <class F>
+  auto admit(const Context& context, F convert) const -> decltype(convert()) {
+    if (Status status = authorize(context); !status.ok()) return status;
+    return convert();
+  }
+  template <class F>
+  grpc::ServerUnaryReactor* answer(Context& context, F fill) const {
+    const Status status = authorize(context);
+    if (status.ok()) fill();
+    grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
+    reactor->Finish(to_grpc(status));
+    return reactor;
+  }
+
+  moed::Service& service_;
+  const int64_t json_depth_max_;
+  const std::shared_ptr<Pool> pool_;
+};
+
+}  // namespace
+
+struct GrpcServer::State {
+  State(Service& service, int64_t json_depth_max) : inference(service, json_depth_max) {}
+  InferenceService inference;
+  std::unique_ptr<grpc::Server> server;
+  int port = 0;
+};
+
+StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::start(const Settings& settings, Service& service) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  auto state = std::make_unique<State>(service, settings.limits.json_depth_max);
+  const std::string& host = settings.server.host;
+  const std::string where =
+      (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(settings.server.grpc_port);
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(where, grpc::InsecureServerCredentials(), &state->port);
+  builder.RegisterService(&state->inference);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(settings.limits.body_bytes_max, INT32_MAX)));
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsMax);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveMs);
+  state->server = builder.BuildAndStart();
+  if (state->server == nullptr || state->port == 0) {
+    return Status(StatusCode::kUnavailable, "cannot listen on " + where + " for gRPC: is the port in use?",
+                  "grpc_port");
+  }
+  std::unique_ptr<GrpcServer> server(new GrpcServer(std::move(state)));
+  server->set_serving(false);
+  return server;
+}
+
+GrpcServer::GrpcServer(std::unique_ptr<State> state) : state_(std::move(state)) {}
+GrpcServer::~GrpcServer() { shutdown(0); }
+
+int GrpcServer::port() const { return state_->port; }
+
+void GrpcServer::set_serving(bool serving) {
+  grpc::HealthCheckServiceInterface* const health = state_->server->GetHealthCheckService();
+  health->SetServingStatus("", serving);
+  health->SetServingStatus("moed.v1.Inference", serving);
+}
+
+void GrpcServer::shutdown(double grace_seconds) {
+  const auto grace = std::chrono::microseconds(static_cast<int64_t>(grace_seconds * 1e6));
+  state_->server->Shutdown(std::chrono::system_clock::now() + grace);
+  state_->server->Wait();
+}
+
+}  // namespace moed
