@@ -52,7 +52,7 @@ class HostDevice final : public Device {
       : description_("cpu: " + cpu_model() + ", " + isa.name + ", " + std::to_string(num_threads) +
                      (num_threads == 1 ? " thread" : " threads")),
         pool_(num_threads),
-        ops_(isa.kernels(), pool_, deterministic) {}
+        ops_(isa.kernels(), pool_, isa.bf16_products && !deterministic) {}
 
   std::string_view description() const override { return description_; }
   bool is_host() const override { return true; }

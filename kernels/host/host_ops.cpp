@@ -11,7 +11,10 @@ namespace moed {
 namespace {
 
 // Rows of an x block whose gate and up sums one thread holds at once.
-constexpr int32_t kFfnRows = 64;
+constexpr int32_t kFfnRows = OneDnn::kRows;
+// Columns of a oneDNN call: below some 100 its fixed cost shows.
+constexpr int32_t kWideColumnsMin = 96;
+constexpr int32_t kWideColumnsMax = 256;
 // A task streams about this much of the weights: long enough to pay for handing it out, short enough to balance.
 constexpr int64_t kTaskBytes = int64_t{96} << 10;
 constexpr int32_t kTaskColumnsMin = 16;
@@ -49,10 +52,12 @@ void HostOps::reserve_scratch(const OpLimits& limits) {
   const int64_t vectors_max = std::max(kTileVectors, limits.num_heads);
   scratch_.resize(pool_.num_threads());
   for (Scratch& scratch : scratch_) {
-    for (auto* sums : {&scratch.gate, &scratch.up}) sums->resize(kFfnRows * kTaskColumnsMax);
+    for (auto* sums : {&scratch.gate, &scratch.up}) sums->resize(kFfnRows * kWideColumnsMax);
+    scratch.gate_rows.clear();
+    scratch.up_rows.clear();
     for (int32_t row = 0; row < kFfnRows; ++row) {
-      scratch.gate_rows.push_back(scratch.gate.data() + row * kTaskColumnsMax);
-      scratch.up_rows.push_back(scratch.up.data() + row * kTaskColumnsMax);
+      scratch.gate_rows.push_back(scratch.gate.data() + row * kWideColumnsMax);
+      scratch.up_rows.push_back(scratch.up.data() + row * kWideColumnsMax);
     }
     scratch.transposed_k.resize(int64_t{kChunkPositions} * divide_up(limits.head_dim, 2));
     scratch.scores.resize(vectors_max * kChunkPositions);
@@ -70,6 +75,11 @@ void HostOps::reserve_scratch(const OpLimits& limits) {
   y_rows_.resize(pairs);
   work_tasks_.resize(limits.num_experts + limits.choices + 2);
   work_rows_.resize(limits.num_experts + limits.choices + 2);
+  work_wide_.resize(work_rows_.size());
+  work_columns_.resize(work_rows_.size());
+  const bool wide = use_onednn_ && limits.rows >= OneDnn::kRows;
+  const int32_t k_max = std::max({limits.hidden, limits.intermediate, limits.num_heads * limits.head_dim});
+  onednn_ = wide ? std::make_unique<OneDnn>(pool_.num_threads(), k_max, kWideColumnsMax) : nullptr;
   logits_.resize(int64_t{limits.rows} * limits.num_experts);
   shared_logits_.resize(limits.rows);
   // Long contexts of few rows are split by chunks until these partials are used up; what is left runs unsplit.
@@ -119,18 +129,39 @@ void HostOps::linear(Matrix<const Bf16> x, const LinearWeights& weights, bool ac
   product(x.rows, weights, accumulate);
 }
 
+int32_t HostOps::columns_for(int32_t rows, int32_t k, int32_t n) const {
+  if (onednn_ == nullptr || rows < OneDnn::kRows) return task_columns(k, n, pool_.num_threads());
+  const int32_t by_threads = static_cast<int32_t>(divide_up(n, int64_t{2} * pool_.num_threads()));
+  return std::clamp(by_threads / 32 * 32, kWideColumnsMin, kWideColumnsMax);
+}
+
+bool HostOps::prepare_wide(int32_t rows, int32_t k, int32_t n, int32_t columns) {
+  if (onednn_ == nullptr || rows < OneDnn::kRows) return false;
+  const int32_t last = n % columns;
+  return (n < columns || onednn_->prepare(k, columns)) && (last == 0 || onednn_->prepare(k, last));
+}
+
+void HostOps::run_block(const DotBlock& block, bool wide, bool x_gathered, int thread) {
+  if (wide && block.m == OneDnn::kRows) {
+    onednn_->run(block, x_gathered, thread);
+  } else {
+    kernels_.dot_block(block);
+  }
+}
+
 void HostOps::product(int32_t rows, const LinearWeights& weights, bool accumulate) {
   if (rows == 0) return;
   const int threads = pool_.num_threads();
-  const int32_t columns = task_columns(weights.in, weights.out, threads);
+  const int32_t columns = columns_for(rows, weights.in, weights.out);
+  const bool wide = prepare_wide(rows, weights.in, weights.out, columns);
   const int64_t column_blocks = divide_up(weights.out, columns);
-  // Rows are cut only when the columns alone do not occupy all threads: each cut reads the weights once more.
-  const int64_t row_blocks = std::clamp<int64_t>(divide_up(int64_t{3} * threads, column_blocks), 1, divide_up(rows, 24));
-  const auto rows_a_block = static_cast<int32_t>(divide_up(rows, row_blocks));
-  pool_.run(column_blocks * row_blocks, [&](int64_t task, int) {
+  // Own kernels: rows are cut only when the columns alone do not occupy all threads, for each cut reads the weights once more.
+  const int64_t cuts = std::clamp<int64_t>(divide_up(int64_t{3} * threads, column_blocks), 1, divide_up(rows, 24));
+  const int32_t rows_a_block = wide ? OneDnn::kRows : static_cast<int32_t>(divide_up(rows, cuts));
+  const int64_t row_blocks = divide_up(rows, rows_a_block);
+  pool_.run(column_blocks * row_blocks, [&](int64_t task, int thread) {
     const auto column = static_cast<int32_t>(task / row_blocks) * columns;
     const auto row = static_cast<int32_t>(task % row_blocks) * rows_a_block;
-    if (row >= rows) return;
     DotBlock block;
     block.x = x_rows_.data() + row;
     block.y = y_rows_.data() + row;
@@ -141,19 +172,22 @@ void HostOps::product(int32_t rows, const LinearWeights& weights, bool accumulat
     block.y_begin = column;
     block.bias = weights.bias == nullptr ? nullptr : weights.bias + column;
     block.accumulate = accumulate;
-    kernels_.dot_block(block);
+    run_block(block, wide, false, thread);
   });
 }
 
-// Fills work_tasks_ with the first task of each work and returns how many there are.
 int64_t HostOps::cut_works(const ExpertFfn& args, bool down) {
   int64_t tasks = 0;
   for (size_t work = 0; work < args.works.size(); ++work) {
     const BlobShape& shape = args.works[work].weights.shape;
-    const int32_t k = down ? shape.intermediate : 2 * shape.hidden;
+    const auto rows = static_cast<int32_t>(args.works[work].pairs.size());
+    const int32_t k = down ? shape.intermediate : shape.hidden;
     const int32_t n = down ? shape.hidden : shape.intermediate;
+    const int32_t columns = columns_for(rows, k, n);
     work_tasks_[work] = tasks;
-    tasks += args.works[work].pairs.empty() ? 0 : divide_up(n, task_columns(k, n, pool_.num_threads()));
+    work_columns_[work] = columns;
+    work_wide_[work] = prepare_wide(rows, k, n, columns) ? 1 : 0;
+    tasks += rows == 0 ? 0 : divide_up(n, columns);
   }
   work_tasks_[args.works.size()] = tasks;
   return tasks;
@@ -185,33 +219,24 @@ void HostOps::expert_ffn(const ExpertFfn& args, Stream&) {
   work_rows_[num_works] = pairs;
   MOED_CHECK(pairs <= args.scratch.rows) << pairs << " pairs, scratch for " << args.scratch.rows;
 
-  const int threads = pool_.num_threads();
   pool_.run(cut_works(args, false), [&](int64_t task, int thread) {
     const int32_t work = work_of(task, num_works);
-    const BlobShape& shape = args.works[work].weights.shape;
-    const int32_t columns = task_columns(2 * shape.hidden, shape.intermediate, threads);
-    const auto begin = static_cast<int32_t>(task - work_tasks_[work]) * columns;
-    gate_up(args, work, begin, std::min(columns, shape.intermediate - begin), thread);
+    const int32_t begin = static_cast<int32_t>(task - work_tasks_[work]) * work_columns_[work];
+    const int32_t intermediate = args.works[work].weights.shape.intermediate;
+    gate_up(args, work, begin, std::min(work_columns_[work], intermediate - begin), thread);
   });
-  pool_.run(cut_works(args, true), [&](int64_t task, int) {
+  pool_.run(cut_works(args, true), [&](int64_t task, int thread) {
     const int32_t work = work_of(task, num_works);
-    const BlobView& weights = args.works[work].weights;
-    const int32_t columns = task_columns(weights.shape.intermediate, weights.shape.hidden, threads);
-    DotBlock block;
-    block.y_begin = static_cast<int32_t>(task - work_tasks_[work]) * columns;
-    block.x = scratch_rows_.data() + work_rows_[work];
-    block.y = y_rows_.data() + work_rows_[work];
-    block.m = work_rows_[work + 1] - work_rows_[work];
-    block.k = weights.shape.intermediate;
-    block.w = weights.down() + int64_t{block.y_begin} * block.k;
-    block.n = std::min(columns, weights.shape.hidden - block.y_begin);
-    kernels_.dot_block(block);
+    const int32_t begin = static_cast<int32_t>(task - work_tasks_[work]) * work_columns_[work];
+    const int32_t hidden = args.works[work].weights.shape.hidden;
+    down(args, work, begin, std::min(work_columns_[work], hidden - begin), thread);
   });
 }
 
 // scratch = bf16(silu(gate x) * up x) for `count` columns from `begin` and all rows of the work.
 void HostOps::gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread) {
   const BlobView& weights = args.works[work].weights;
+  const bool wide = work_wide_[work] != 0;
   Scratch& scratch = scratch_[thread];
   for (int32_t row = work_rows_[work]; row < work_rows_[work + 1]; row += kFfnRows) {
     DotBlock block;
@@ -221,13 +246,31 @@ void HostOps::gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_
     block.n = count;
     block.w = weights.gate() + int64_t{begin} * block.k;
     block.y = scratch.gate_rows.data();
-    kernels_.dot_block(block);
+    run_block(block, wide, false, thread);
     block.w = weights.up() + int64_t{begin} * block.k;
     block.y = scratch.up_rows.data();
-    kernels_.dot_block(block);
+    run_block(block, wide, true, thread);
     for (int32_t i = 0; i < block.m; ++i) {
       kernels_.silu_mul(scratch.gate_rows[i], scratch.up_rows[i], count, args.scratch.row(row + i) + begin);
     }
+  }
+}
+
+// y = down(scratch) for `count` columns from `begin` and all rows of the work.
+void HostOps::down(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread) {
+  const BlobView& weights = args.works[work].weights;
+  const bool wide = work_wide_[work] != 0;
+  const int32_t rows_a_block = wide ? OneDnn::kRows : work_rows_[work + 1] - work_rows_[work];
+  for (int32_t row = work_rows_[work]; row < work_rows_[work + 1]; row += rows_a_block) {
+    DotBlock block;
+    block.x = scratch_rows_.data() + row;
+    block.y = y_rows_.data() + row;
+    block.m = std::min(rows_a_block, work_rows_[work + 1] - row);
+    block.k = weights.shape.intermediate;
+    block.w = weights.down() + int64_t{begin} * block.k;
+    block.n = count;
+    block.y_begin = begin;
+    run_block(block, wide, false, thread);
   }
 }
 

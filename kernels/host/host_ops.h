@@ -1,10 +1,12 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/thread_pool.h"
 #include "kernels/host/kernel_table.h"
+#include "kernels/host/onednn.h"
 #include "kernels/ops.h"
 
 namespace moed {
@@ -16,9 +18,9 @@ constexpr int32_t kTileVectors = 32;
 // The ops of the host device: checks shapes, cuts the work over the pool's threads, calls the kernels of one ISA.
 class HostOps final : public Ops {
  public:
-  // kernels and pool must outlive it.
-  HostOps(const KernelTable& kernels, ThreadPool& pool, bool deterministic)
-      : kernels_(kernels), pool_(pool), deterministic_(deterministic) {}
+  // kernels and pool must outlive it. use_onednn: products of many rows may go there.
+  HostOps(const KernelTable& kernels, ThreadPool& pool, bool use_onednn)
+      : kernels_(kernels), pool_(pool), use_onednn_(use_onednn) {}
 
   Status reserve(const OpLimits& limits) override;
   void embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<float> out, Stream& stream) override;
@@ -75,8 +77,15 @@ class HostOps final : public Ops {
   void for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64_t row, int thread)> fn);
   // y = x W^T over all rows; x_rows_ and y_rows_ are set.
   void product(int32_t rows, const LinearWeights& weights, bool accumulate);
+  // True when blocks of OneDnn::kRows rows of this shape, cut into `columns`, go to oneDNN.
+  bool prepare_wide(int32_t rows, int32_t k, int32_t n, int32_t columns);
+  int32_t columns_for(int32_t rows, int32_t k, int32_t n) const;
+  // The block by oneDNN where it fits, else by the ISA's own kernel.
+  void run_block(const DotBlock& block, bool wide, bool x_gathered, int thread);
   void gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread);
+  void down(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread);
   float inverse_rms(const float* x, int32_t n, float eps) const;
+  // A phase's tasks: the first of each work to work_tasks_; returns how many there are.
   int64_t cut_works(const ExpertFfn& args, bool down);
   int32_t work_of(int64_t task, int32_t num_works) const;
   void choose_experts(const Route& args, int64_t row, int thread);
@@ -90,7 +99,8 @@ class HostOps final : public Ops {
 
   const KernelTable& kernels_;
   ThreadPool& pool_;
-  const bool deterministic_;
+  const bool use_onednn_;
+  std::unique_ptr<OneDnn> onednn_;  // null: own kernels only
   OpLimits limits_;
   std::vector<Scratch> scratch_;             // [threads]
   std::vector<const Bf16*> x_rows_;          // [rows * choices + rows]
@@ -98,6 +108,8 @@ class HostOps final : public Ops {
   std::vector<float*> y_rows_;               // as many
   std::vector<int64_t> work_tasks_;          // tasks before each work
   std::vector<int32_t> work_rows_;           // rows before each work
+  std::vector<int32_t> work_columns_;        // columns of each work's tasks
+  std::vector<uint8_t> work_wide_;           // whether a work's blocks of many rows go to oneDNN
   std::vector<float> logits_;                // [rows, experts]
   std::vector<float> shared_logits_;         // [rows]
   std::vector<AttentionTask> attention_tasks_;

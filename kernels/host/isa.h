@@ -9,6 +9,7 @@ struct Isa {
   const char* name;
   const KernelTable& (*kernels)();
   bool (*supported)();  // by this CPU and its operating system
+  bool bf16_products;   // has instructions for them: oneDNN is worth asking
 };
 
 struct IsaList {

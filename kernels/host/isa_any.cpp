@@ -3,7 +3,7 @@
 namespace moed {
 namespace {
 
-constexpr Isa kIsas[] = {{"portable", &portable_kernels, [] { return true; }}};
+constexpr Isa kIsas[] = {{"portable", &portable_kernels, [] { return true; }, false}};
 
 }  // namespace
 

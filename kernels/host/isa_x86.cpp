@@ -13,10 +13,10 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 constexpr Isa kIsas[] = {
-    {"avx512_bf16", &avx512_bf16_kernels, &has_avx512_bf16},
-    {"avx512", &avx512_kernels, &has_avx512},
-    {"avx2", &avx2_kernels, &has_avx2},
-    {"portable", &portable_kernels, [] { return true; }},
+    {"avx512_bf16", &avx512_bf16_kernels, &has_avx512_bf16, true},
+    {"avx512", &avx512_kernels, &has_avx512, false},
+    {"avx2", &avx2_kernels, &has_avx2, false},
+    {"portable", &portable_kernels, [] { return true; }, false},
 };
 
 }  // namespace
