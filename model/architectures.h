@@ -38,19 +38,21 @@ struct Model {
   GenerationDefaults generation;
 };
 
-// Reads config.json and generation_config.json of a folder. Refuses by name: unknown architectures (listing the known), quantization_config, sliding windows
-// in use, unknown rope kinds, absurd sizes. Errors: kInvalidArgument naming file and field.
+// Reads config.json and generation_config.json of a folder. Refuses by name: unknown architectures (listing the known),
+// quantization_config, sliding windows in use, unknown rope kinds, absurd sizes. Errors: kInvalidArgument naming file
+// and field.
 StatusOr<Model> load_model_config(const std::string& model_dir);
 // The same from text, for tests and fuzzing.
 StatusOr<Model> parse_model_config(std::string_view config_json, std::string_view generation_config_json);
 
 std::vector<std::string> known_architectures();
 
-// Checks that the source has each tensor that the model needs, in the right shape, before memory is taken. Errors name tensor, found, wanted.
-// Returns how many tensors the model has no use for (one warning).
+// Checks that the source has each tensor that the model needs, in the right shape, before memory is taken. Errors name
+// tensor, found, wanted. Returns how many tensors the model has no use for (one warning).
 StatusOr<int64_t> check_tensors(const Model& model, const TensorSource& source);
 
-// Seeded random weights in the shapes that the model wants, scaled so that activations stay near 1: for benchmarks and tests without a checkpoint.
+// Seeded random weights in the shapes that the model wants, scaled so that activations stay near 1: for benchmarks and
+// tests without a checkpoint.
 std::unique_ptr<TensorSource> dummy_weights(const Model& model, uint64_t seed);
 
 }  // namespace moed

@@ -12,11 +12,12 @@
 
 namespace moed {
 
-// All routed experts in host memory, each one blob, layer by layer, packed once at load: what CPU kernels read in place and what copies to a device
-// start from. Immutable after load; any thread may read.
+// All routed experts in host memory, each one blob, layer by layer, packed once at load: what CPU kernels read in place
+// and what copies to a device start from. Immutable after load; any thread may read.
 class ExpertStore {
  public:
-  // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call. Errors as TensorSource::read and HugePages::allocate.
+  // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call. Errors
+  // as TensorSource::read and HugePages::allocate.
   static StatusOr<ExpertStore> load(const Model& model, const TensorSource& source,
                                     const std::function<void(int64_t)>& progress);
   // REQUIRES: a routed expert of this model.
