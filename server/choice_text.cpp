@@ -43,7 +43,7 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
       stopped = found.stop >= 0;
       if (stopped) delta.stop_text = matcher_.stop(found.stop);
       if (stopped && options_.include_stop) found.text += delta.stop_text;
-      release(std::move(found.text), delta);
+      release(found.text, delta);
     }
   }
   if (stopped) {
@@ -63,7 +63,7 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
   return stopped && event.finish == FinishReason::kNone;
 }
 
-void ChoiceText::release(std::string text, Delta& delta) {
+void ChoiceText::release(std::string_view text, Delta& delta) {
   released_bytes_ += static_cast<int64_t>(text.size());
   delta.text += text;
   while (!held_.empty() && held_.front().end <= released_bytes_) {

@@ -42,7 +42,7 @@ class ChoiceText {
     int64_t begin = 0;  // where its text begins in the answer, bytes
     int64_t end = 0;
   };
-  void release(std::string text, Delta& delta);
+  void release(std::string_view text, Delta& delta);
   void end(FinishReason reason, Delta& delta);
 
   const Tokenizer& tokenizer_;
