@@ -61,12 +61,15 @@ void Tracker::observe(const StepShape& shape, double measured_us) {
   const double smoothing = std::clamp(1.0 / static_cast<double>(num_observed_), kSmoothing, kFirstSmoothing);
   const double attention = static_cast<double>(shape.context_tokens) * model_.context_us() / predicted_us;
   const bool row_bound = shape.num_rows * model_.row_us() > model_.sweep_us();
-  const double sweep_share = row_bound ? 0.0 : 1.0 - attention;
-  const double row_share = row_bound ? 1.0 - attention : 0.0;
+  // The smallest change of the parameters' logarithms that moves the prediction's by `step`.
+  const double norm = attention * attention + (1.0 - attention) * (1.0 - attention);
+  const double product_share = (1.0 - attention) / norm;
+  const double sweep_share = row_bound ? 0.0 : product_share;
+  const double row_share = row_bound ? product_share : 0.0;
   const double step = smoothing * log_ratio;
   model_ = StepModel(corrected(model_.sweep_us(), prior_.sweep_us(), sweep_share, step),
                      corrected(model_.row_us(), prior_.row_us(), row_share, step),
-                     corrected(model_.context_us(), prior_.context_us(), attention, step));
+                     corrected(model_.context_us(), prior_.context_us(), attention / norm, step));
 }
 
 StepModel prior_step_model(const ModelConfig& config, double bytes_per_us, double flops_per_us) {

@@ -1,0 +1,130 @@
+#include "plan/step_model.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "plan/memory_budget.h"
+
+namespace moed {
+namespace {
+
+StepShape rows(int32_t num_rows, int64_t context_tokens = 0) {
+  return {.num_sequences = num_rows, .num_rows = num_rows, .num_sampled = num_rows, .context_tokens = context_tokens};
+}
+
+TEST(StepModel, IsTheSlowerOfSweepAndRowsPlusAttention) {
+  const StepModel model(100.0, 2.0, 0.01);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(0)), 0.0);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(1)), 100.0);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(50)), 100.0);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(80)), 160.0);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(80, 1000)), 170.0);
+}
+
+TEST(StepModel, MoreWorkNeverCostsLess) {
+  std::mt19937 random(5);
+  for (int i = 0; i < 1000; ++i) {
+    const StepModel model(random() % 100, 0.1 * (random() % 100), 0.01 * (random() % 100));
+    const auto num_rows = static_cast<int32_t>(random() % 600);
+    const int64_t context = random() % 10'000;
+    EXPECT_LE(model.predict_us(rows(num_rows, context)), model.predict_us(rows(num_rows + 1, context)));
+    EXPECT_LE(model.predict_us(rows(num_rows, context)), model.predict_us(rows(num_rows, context + 1)));
+  }
+}
+
+TEST(StepModel, SharesASweepOnlyWhenItIsWorthTheDelay) {
+  // Streaming: the sweep outweighs any rows. Riding costs nothing and saves a sweep.
+  EXPECT_TRUE(StepModel(1e6, 1.0, 0.0).share_sweep(rows(8), rows(512)));
+  // Compute-bound: the chunk takes 10x the light pass. Riding would delay each answer by that.
+  EXPECT_FALSE(StepModel(50.0, 1.0, 0.0).share_sweep(rows(8), rows(512)));
+  // No light rows, nothing to share.
+  EXPECT_FALSE(StepModel(1e6, 1.0, 0.0).share_sweep(rows(0), rows(512)));
+  EXPECT_FALSE(StepModel(1e6, 1.0, 0.0).share_sweep(rows(8), rows(0)));
+  EXPECT_FALSE(StepModel().share_sweep(rows(8), rows(512)));
+}
+
+// Once sharing pays for a chunk, it pays for each smaller chunk too.
+TEST(StepModel, SmallerChunksAreSharedSooner) {
+  std::mt19937 random(9);
+  for (int i = 0; i < 300; ++i) {
+    const StepModel model(1.0 + random() % 1000, 0.1 + 0.01 * (random() % 500), 0.0);
+    const StepShape light = rows(1 + static_cast<int32_t>(random() % 64));
+    bool shared = true;
+    for (int32_t heavy = 1; heavy <= 1024; heavy *= 2) {
+      const bool now = model.share_sweep(light, rows(heavy));
+      EXPECT_TRUE(shared || !now) << "chunk of " << heavy;
+      shared = now;
+    }
+  }
+}
+
+TEST(Tracker, FollowsALastingChange) {
+  for (const double factor : {3.0, 1.0 / 3.0}) {
+    for (const StepShape& shape : {rows(4), rows(400), rows(4, 1'000'000)}) {
+      const StepModel prior(100.0, 2.0, 0.001);
+      Tracker tracker(prior);
+      for (int i = 0; i < 50; ++i) tracker.observe(shape, prior.predict_us(shape));
+      EXPECT_NEAR(tracker.model().predict_us(shape) / prior.predict_us(shape), 1.0, 1e-9);
+      const double changed_us = prior.predict_us(shape) * factor;
+      for (int i = 0; i < 25; ++i) tracker.observe(shape, changed_us);
+      EXPECT_NEAR(tracker.model().predict_us(shape) / changed_us, 1.0, 0.1) << factor << " " << shape.num_rows;
+    }
+  }
+}
+
+TEST(Tracker, ASingleOutlierMovesItLittle) {
+  for (const double outlier : {1000.0, 0.001}) {
+    const StepModel prior(100.0, 2.0, 0.001);
+    Tracker tracker(prior);
+    for (int i = 0; i < 20; ++i) tracker.observe(rows(4), 100.0);
+    tracker.observe(rows(4), 100.0 * outlier);
+    EXPECT_NEAR(std::log(tracker.model().predict_us(rows(4)) / 100.0), 0.0, std::log(1.095));
+  }
+}
+
+TEST(Tracker, CorrectsTheTermThatWasMeasured) {
+  Tracker tracker(StepModel(100.0, 2.0, 0.0));
+  for (int i = 0; i < 50; ++i) tracker.observe(rows(4), 300.0);  // the sweep binds
+  EXPECT_NEAR(tracker.model().sweep_us(), 300.0, 10.0);
+  EXPECT_DOUBLE_EQ(tracker.model().row_us(), 2.0);
+}
+
+TEST(Tracker, StaysNearThePrior) {
+  Tracker tracker(StepModel(100.0, 2.0, 0.001));
+  for (int i = 0; i < 1000; ++i) tracker.observe(rows(4, 10), 1e12);
+  EXPECT_LE(tracker.model().sweep_us(), 6400.0);
+  for (int i = 0; i < 1000; ++i) tracker.observe(rows(4, 10), 1e-9);
+  EXPECT_GE(tracker.model().sweep_us(), 100.0 / 64.0);
+}
+
+TEST(Tracker, IgnoresWhatCannotBeMeasured) {
+  Tracker tracker(StepModel(100.0, 2.0, 0.001));
+  for (const double us : {0.0, -5.0, std::nan(""), HUGE_VAL}) tracker.observe(rows(4), us);
+  tracker.observe(rows(0), 100.0);
+  EXPECT_DOUBLE_EQ(tracker.model().sweep_us(), 100.0);
+  Tracker empty((StepModel()));
+  empty.observe(rows(4), 100.0);
+  EXPECT_DOUBLE_EQ(empty.model().predict_us(rows(4)), 0.0);
+}
+
+TEST(PriorStepModel, MixtralOnAKnownMachine) {
+  ModelConfig config;
+  config.hidden_size = 4096;
+  config.num_layers = 32;
+  config.vocab_size = 32'000;
+  config.attention = {.num_heads = 32, .num_kv_heads = 8, .head_dim = 128};
+  config.moe.num_experts = 8;
+  config.moe.intermediate_size = 14'336;
+  config.moe.router.top_k = 2;
+  config.layers.assign(32, LayerKind::kMoe);
+  // 46.7e9 weights in bf16, 12.9e9 of them active (less the embedding table: 12.75e9).
+  const StepModel model = prior_step_model(config, 100e3, 1e6);
+  EXPECT_NEAR(model.sweep_us(), 2 * 46.70e9 / 100e3, 0.005 * 934e3);
+  EXPECT_NEAR(model.row_us(), 2 * 12.75e9 / 1e6, 0.005 * 25.5e3);
+  EXPECT_DOUBLE_EQ(model.context_us(), 131'072 / 100e3);
+}
+
+}  // namespace
+}  // namespace moed
