@@ -19,14 +19,11 @@ T loaded(StatusOr<T> value) {
   return std::move(value).value();
 }
 
-// A checkpoint whose experts `expert` and `expert + 1` of a layer have changed places; the router has not.
-class SwappedExperts : public TensorSource {
+// A checkpoint in which tensors whose names hold `a` and those whose names hold `b` have changed places.
+class SwappedNames : public TensorSource {
  public:
-  SwappedExperts(const TensorSource& source, int32_t layer, int32_t expert) : source_(source) {
-    prefix_ = ".layers." + std::to_string(layer) + ".";
-    a_ = ".experts." + std::to_string(expert) + ".";
-    b_ = ".experts." + std::to_string(expert + 1) + ".";
-  }
+  SwappedNames(const TensorSource& source, std::string a, std::string b)
+      : source_(source), a_(std::move(a)), b_(std::move(b)) {}
   const std::vector<int64_t>* shape(std::string_view name) const override { return source_.shape(name); }
   std::vector<std::string> names() const override { return source_.names(); }
   Status read(std::string_view name, std::span<Bf16> out) const override { return source_.read(other(name), out); }
@@ -36,17 +33,37 @@ class SwappedExperts : public TensorSource {
  private:
   std::string other(std::string_view name) const {
     std::string changed(name);
-    if (changed.find(prefix_) == std::string::npos) return changed;
-    if (const size_t at = changed.find(a_); at != std::string::npos) {
-      changed.replace(at, a_.size(), b_);
+    if (const size_t at_a = changed.find(a_); at_a != std::string::npos) {
+      changed.replace(at_a, a_.size(), b_);
     } else if (const size_t at_b = changed.find(b_); at_b != std::string::npos) {
       changed.replace(at_b, b_.size(), a_);
     }
     return changed;
   }
   const TensorSource& source_;
-  std::string prefix_, a_, b_;
+  const std::string a_, b_;
 };
+
+// Neighbouring experts of every layer; in dense models, FFNs of neighbouring layers.
+std::vector<std::pair<std::string, std::string>> swaps(const Model& model) {
+  std::vector<std::pair<std::string, std::string>> pairs;
+  const auto ffn = [](int32_t layer) { return ".layers." + std::to_string(layer) + ".mlp."; };
+  // The name up to the expert's number: "model.layers.3.mlp.experts.".
+  const auto experts = [&](int32_t layer, int32_t expert) {
+    std::string name = model.names.expert_gate.substr(0, model.names.expert_gate.find("{e}"));
+    return name.replace(name.find("{l}"), 3, std::to_string(layer)) + std::to_string(expert) + ".";
+  };
+  for (int32_t layer = 0; layer < model.config.num_layers; ++layer) {
+    if (model.config.moe.num_experts == 0 && layer + 1 < model.config.num_layers) {
+      pairs.emplace_back(ffn(layer), ffn(layer + 1));
+    }
+    if (model.config.layers[layer] == LayerKind::kDense) continue;
+    for (int32_t expert = 0; expert + 1 < model.config.moe.num_experts; ++expert) {
+      pairs.emplace_back(experts(layer, expert), experts(layer, expert + 1));
+    }
+  }
+  return pairs;
+}
 
 // What the engine makes of a prompt.
 struct Found {
@@ -204,23 +221,18 @@ TEST_P(Golden, GreedyTextEqualsTransformers) {
   }
 }
 
-// The comparison itself is tested: two experts that have changed places must not pass it.
+// The comparison itself is tested: two experts (or FFNs) that have changed places must not pass it.
 TEST_P(Golden, SwappedExpertsAreFound) {
-  int num_swaps = 0;
-  for (int32_t layer = 0; layer < model_.config.num_layers; ++layer) {
-    for (int32_t expert = 0;
-         model_.config.layers[layer] == LayerKind::kMoe && expert + 1 < model_.config.moe.num_experts; ++expert) {
-      EngineBox box(model_, SwappedExperts(*source_, layer, expert), {.num_threads = 1}, golden_config());
-      int num_outside = 0;
-      for (const GoldenPrompt& prompt : prompts_) {
-        num_outside += compare(run_prompt(box, prompt.tokens, 128, 0), prompt).num_outside;
-      }
-      EXPECT_GT(num_outside, 0) << "layer " << layer << ", experts " << expert << " and " << expert + 1;
-      ++num_swaps;
+  const auto pairs = swaps(model_);
+  EXPECT_GT(pairs.size(), 0U);
+  for (const auto& [a, b] : pairs) {
+    EngineBox box(model_, SwappedNames(*source_, a, b), {.num_threads = 1}, golden_config());
+    int num_outside = 0;
+    for (const GoldenPrompt& prompt : prompts_) {
+      num_outside += compare(run_prompt(box, prompt.tokens, 128, 0), prompt).num_outside;
     }
+    EXPECT_GT(num_outside, 0) << a << " and " << b;
   }
-  if (model_.config.moe.num_experts == 0) GTEST_SKIP() << "a dense model";
-  EXPECT_GT(num_swaps, 0);
 }
 
 INSTANTIATE_TEST_SUITE_P(Cases, Golden, ::testing::ValuesIn(kCases), [](const auto& param) { return param.param; });
