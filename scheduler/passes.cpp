@@ -7,6 +7,9 @@
 namespace moed {
 namespace {
 
+// Sequences asked for ahead of their use: enough to hide main memory behind the work on those before.
+constexpr size_t kPrefetchAhead = 12;
+
 bool contains(const std::vector<int32_t>& ids, int32_t token) { return std::ranges::find(ids, token) != ids.end(); }
 
 }  // namespace
@@ -81,8 +84,9 @@ StepShape Scheduler::State::bulk_shape() const {
 // `decodes`: sequences that need one row, at most rows_max of them; who waited longest goes first.
 void Scheduler::State::collect_decodes(int32_t rows_max) {
   decodes.clear();
-  for (Sequence* sequence : running) {
-    if (!sequence->pass && sequence->num_missing() == 1) decodes.push_back(sequence);
+  for (size_t i = 0; i < running.size(); ++i) {
+    if (i + kPrefetchAhead < running.size()) running[i + kPrefetchAhead]->prefetch();
+    if (!running[i]->pass && running[i]->num_missing() == 1) decodes.push_back(running[i]);
   }
   if (static_cast<int32_t>(decodes.size()) <= rows_max) return;
   const auto waited_longer = [](const Sequence* a, const Sequence* b) { return a->turn < b->turn; };
@@ -92,23 +96,23 @@ void Scheduler::State::collect_decodes(int32_t rows_max) {
 
 // Gives each of `decodes` the slot of its next token, first come first served; who gets none stays out of the pass.
 void Scheduler::State::grow_decodes() {
-  const auto full = [&](const Sequence* sequence) {
-    return static_cast<int64_t>(sequence->blocks.size()) * config.block_tokens <
-           static_cast<int64_t>(sequence->tokens.size());
-  };
-  std::vector<Sequence*> needy;
-  std::ranges::copy_if(decodes, std::back_inserter(needy), full);
-  if (static_cast<int64_t>(needy.size()) > allocator.num_free()) std::ranges::sort(needy, GoesBefore());
+  needy.clear();
+  for (Sequence* sequence : decodes) {
+    if (is_full(*sequence)) needy.push_back(sequence);
+  }
+  const bool enough = static_cast<int64_t>(needy.size()) <= allocator.num_free();
+  if (!enough) std::ranges::sort(needy, GoesBefore());
   for (Sequence* sequence : needy) {
     if (sequence->phase == Phase::kRunning) grow(*sequence);
   }
-  std::erase_if(decodes, [&](const Sequence* s) { return s->phase != Phase::kRunning || full(s); });
+  if (enough) return;
+  std::erase_if(decodes, [&](const Sequence* s) { return s->phase != Phase::kRunning || is_full(*s); });
 }
 
 void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) {
   LivePass& live = pass(kind);
   const int32_t end = sequence.num_cached + num_new;
-  const bool samples = num_new == sequence.num_missing() && sequence.request->spec.max_tokens > 0;
+  const bool samples = num_new == sequence.num_missing() && sequence.max_tokens > 0;
   const bool scores = needs_scores(sequence);
   sequence.pass = kind;
   sequence.pass_index = static_cast<int32_t>(live.steps.size());
@@ -131,53 +135,62 @@ void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) 
   live.shape.context_tokens += end;
 }
 
+// Brings in what commit_step() will touch of later sequences of the pass.
+void Scheduler::State::prefetch_step(const LivePass& live, size_t index) const {
+  const size_t far = index + 2 * kPrefetchAhead;
+  if (far < live.sequences.size() && live.sequences[far] != nullptr) live.sequences[far]->prefetch();
+  const size_t near = index + kPrefetchAhead;
+  if (near >= live.sequences.size() || live.sequences[near] == nullptr) return;
+  const std::vector<int32_t>& tokens = live.sequences[near]->tokens;
+  __builtin_prefetch(tokens.data() + tokens.size(), 1);
+}
+
 // What a pass computed of one sequence: its KV stands, and if all of it does, there is a token.
-void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output,
-                                   std::vector<TokenEvent>& events) {
-  ActiveRequest& request = *sequence.request;
-  const RequestSpec& spec = request.spec;
+void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output) {
   const bool was_prefill = sequence.num_missing() > 1;
   sequence.pass.reset();
   sequence.num_cached += step.num_new;
   if (step.prompt_logprobs) keep_scores(step, sequence, output);
   register_blocks(sequence);
-  if (request.leader == &sequence && step.num_cached < sequence.num_prompt &&
-      sequence.num_cached >= sequence.num_prompt) {
-    prompt_done(request);
-  }
-  if (sequence.num_missing() > 0) {
-    if (was_prefill && sequence.num_missing() == 1) prefilling.erase(&sequence);
-    return;
-  }
+  const bool completes_prompt = step.num_cached < sequence.num_prompt && sequence.num_cached >= sequence.num_prompt;
+  if (completes_prompt && sequence.request->leader == &sequence) prompt_done(*sequence.request);
+  if (was_prefill && sequence.num_missing() <= 1) prefilling.erase(&sequence);
+  if (sequence.num_missing() > 0) return;
 
   TokenEvent& event = events.emplace_back();
-  event.request = spec.id;
+  event.request = sequence.request_id;
   event.choice = sequence.choice;
   event.has_token = step.sampling != nullptr;
   if (!sequence.reported) {
     sequence.reported = true;
-    event.num_cached_tokens = request.num_cached_prompt;
+    event.num_cached_tokens = sequence.request->num_cached_prompt;
     event.prompt_scores = std::move(sequence.prompt_scores);
   }
   if (event.has_token) {
     MOED_CHECK(output.sampled.has_value()) << "the engine sampled nothing for sequence " << sequence.id;
     event.token = *output.sampled;
+    sequence.tokens.push_back(event.token.token);
+  }
+  end_if_due(sequence, event);
+}
+
+// A stop token goes before a length that is reached with it.
+void Scheduler::State::end_if_due(Sequence& sequence, TokenEvent& event) {
+  if (event.has_token && sequence.may_stop) {
+    const RequestSpec& spec = sequence.request->spec;
     const int32_t token = event.token.token;
-    sequence.tokens.push_back(token);
     if (contains(spec.stop_token_ids, token) || (!spec.ignore_eos && contains(spec.eos_token_ids, token))) {
       event.finish = FinishReason::kStop;
       event.stop_token = token;
     }
   }
-  if (event.finish == FinishReason::kNone && sequence.num_generated() >= spec.max_tokens) {
+  if (event.finish == FinishReason::kNone && sequence.num_generated() >= sequence.max_tokens) {
     event.finish = FinishReason::kLength;
   }
-  if (event.finish != FinishReason::kNone) {
-    end(sequence);
-    erase_if_gone(request);
-  } else if (was_prefill) {
-    prefilling.erase(&sequence);
-  }
+  if (event.finish == FinishReason::kNone) return;
+  ActiveRequest& request = *sequence.request;
+  end(sequence);
+  erase_if_gone(request);
 }
 
 // Row r of the pass scores tokens[num_cached + 1 + r]. Rows computed again after a preemption bring known scores: left

@@ -28,7 +28,10 @@ std::span<const int32_t> PrefixCache::tokens_of(int32_t block) const {
 }
 
 int32_t PrefixCache::find(EntryId before, std::span<const int32_t> tokens) const {
-  const uint64_t key = hash(before, tokens);
+  return find_hashed(hash(before, tokens), before, tokens);
+}
+
+int32_t PrefixCache::find_hashed(uint64_t key, EntryId before, std::span<const int32_t> tokens) const {
   for (int32_t block = bucket(key); block != kNoBlock; block = entries_[block].next) {
     const Entry& candidate = entries_[block];
     if (candidate.hash == key && candidate.before == before && std::ranges::equal(tokens_of(block), tokens))
@@ -40,8 +43,8 @@ int32_t PrefixCache::find(EntryId before, std::span<const int32_t> tokens) const
 PrefixCache::EntryId PrefixCache::insert(EntryId before, std::span<const int32_t> tokens, int32_t block) {
   MOED_CHECK(static_cast<int32_t>(tokens.size()) == block_tokens_) << "only full blocks are shared";
   MOED_CHECK(!contains(block)) << "block " << block << " is in the prefix cache already";
-  if (const int32_t holder = find(before, tokens); holder != kNoBlock) return entries_[holder].id;
   const uint64_t key = hash(before, tokens);
+  if (const int32_t holder = find_hashed(key, before, tokens); holder != kNoBlock) return entries_[holder].id;
   entries_[block] = {.id = ++last_id_, .before = before, .hash = key, .next = bucket(key)};
   bucket(key) = block;
   std::ranges::copy(tokens, tokens_.begin() + int64_t{block} * block_tokens_);

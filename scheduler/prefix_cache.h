@@ -41,6 +41,7 @@ class PrefixCache {
     int32_t next = kNoBlock;  // in the chain of its bucket
   };
 
+  int32_t find_hashed(uint64_t key, EntryId before, std::span<const int32_t> tokens) const;
   static uint64_t hash(EntryId before, std::span<const int32_t> tokens);
   int32_t& bucket(uint64_t hash) { return buckets_[hash & (buckets_.size() - 1)]; }
   int32_t bucket(uint64_t hash) const { return buckets_[hash & (buckets_.size() - 1)]; }

@@ -49,6 +49,9 @@ void Scheduler::State::enqueue(RequestSpec spec) {
     Sequence& sequence = *request->sequences.emplace_back(std::make_unique<Sequence>());
     sequence.id = ++last_sequence_id;
     sequence.request = request.get();
+    sequence.request_id = spec.id;
+    sequence.max_tokens = spec.max_tokens;
+    sequence.may_stop = !spec.stop_token_ids.empty() || (!spec.ignore_eos && !spec.eos_token_ids.empty());
     sequence.choice = choice;
     sequence.num_prompt = static_cast<int32_t>(spec.prompt.size());
     sequence.tokens = choice + 1 < spec.n ? spec.prompt : std::move(spec.prompt);

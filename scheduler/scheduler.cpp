@@ -66,19 +66,19 @@ std::span<const BlockCopy> Scheduler::block_copies() const { return state_->pass
 
 StepShape Scheduler::shape(PassKind kind) const { return state_->pass(kind).shape; }
 
-std::vector<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& output, int64_t) {
+std::span<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& output, int64_t) {
   LivePass& pass = state_->pass(kind);
   MOED_CHECK(pass.live) << "no pass of that kind is live";
-  std::vector<TokenEvent> events;
-  events.reserve(output.sequences.size());
+  state_->events.clear();
   auto answer = output.sequences.begin();
   for (size_t i = 0; i < pass.sequences.size(); ++i) {
+    state_->prefetch_step(pass, i);
     Sequence* sequence = pass.sequences[i];
     const bool answered = answer != output.sequences.end() && answer->id == pass.steps[i].id;
     if (sequence != nullptr && sequence->phase != Phase::kEnded) {
       MOED_CHECK(answered) << "the engine lost sequence " << sequence->id;
       pass.sequences[i] = nullptr;
-      state_->commit_step(pass.steps[i], *sequence, *answer, events);
+      state_->commit_step(pass.steps[i], *sequence, *answer);
     } else if (sequence != nullptr) {
       state_->leave(*sequence);
     }
@@ -87,7 +87,7 @@ std::vector<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& outpu
   MOED_CHECK(answer == output.sequences.end())
       << "the engine answered for sequence " << answer->id << ", which has no row";
   pass.live = false;
-  return events;
+  return state_->events;
 }
 
 bool Scheduler::idle() const {

@@ -91,8 +91,9 @@ class Scheduler {
   std::span<const BlockCopy> block_copies() const;
   StepShape shape(PassKind kind) const;
 
-  // Ends the live pass of that kind with what it sampled. Events in the pass's order.
-  std::vector<TokenEvent> commit(PassKind kind, const StepOutput& output, int64_t now_us);
+  // Ends the live pass of that kind with what it sampled. Events in the pass's order; the caller may move out of them,
+  // and they stay valid until the next commit().
+  std::span<TokenEvent> commit(PassKind kind, const StepOutput& output, int64_t now_us);
 
   // Anything waiting or running?
   bool idle() const;

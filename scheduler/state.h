@@ -34,6 +34,10 @@ struct Scheduler::State {
   std::vector<int32_t> reusable_blocks(const Sequence& sequence) const;
   const Sequence* prompt_holder(const Sequence& sequence) const;
   bool grow(Sequence& sequence);
+  bool is_full(const Sequence& sequence) const {
+    return static_cast<int64_t>(sequence.blocks.size()) * config.block_tokens <
+           static_cast<int64_t>(sequence.tokens.size());
+  }
   bool must_wait_for_live(const Sequence& sequence) const;
   Sequence* last_preemptible() const;
   void preempt(Sequence& sequence);
@@ -49,7 +53,7 @@ struct Scheduler::State {
   void leave_running(Sequence& sequence);
   int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + config.block_tokens - 1) / config.block_tokens; }
   bool needs_scores(const Sequence& sequence) const {
-    return sequence.request->spec.prompt_logprobs && sequence.choice == 0 && !sequence.reported;
+    return !sequence.reported && sequence.choice == 0 && sequence.request->spec.prompt_logprobs;
   }
 
   // passes.cpp
@@ -61,8 +65,9 @@ struct Scheduler::State {
   void grow_decodes();
   StepShape bulk_shape() const;
   void pick(PassKind kind, Sequence& sequence, int32_t num_new);
-  void commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output,
-                   std::vector<TokenEvent>& events);
+  void prefetch_step(const LivePass& live, size_t index) const;
+  void commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output);
+  void end_if_due(Sequence& sequence, TokenEvent& event);
   void keep_scores(const StepSequence& step, Sequence& sequence, const SequenceOutput& output) const;
   void register_blocks(Sequence& sequence);
   LivePass& pass(PassKind kind) { return passes[static_cast<size_t>(kind)]; }
@@ -83,7 +88,9 @@ struct Scheduler::State {
   std::array<LivePass, 2> passes;
   std::vector<BlockCopy> copies;       // since the last pass was scheduled
   std::vector<BlockCopy> pass_copies;  // of the pass that was scheduled last
-  std::vector<Sequence*> decodes;      // scratch of fill_*
+  std::vector<TokenEvent> events;      // of the last commit()
+  std::vector<Sequence*> decodes;      // scratch of fill_*: sequences that need one row,
+  std::vector<Sequence*> needy;        // and those of them whose row has no slot yet
 
   SequenceId blocked_head = 0;   // the head of the queue that did not fit,
   int64_t blocked_num_free = 0;  // when so many blocks were free
