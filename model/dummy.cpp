@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <cmath>
 #include <map>
+#include <type_traits>
 
 #include <fmt/format.h>
 

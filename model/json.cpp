@@ -2,11 +2,10 @@
 
 #include <sys/stat.h>
 
+#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <fstream>
-#include <memory>
-#include <set>
 #include <utility>
 #include <vector>
 

@@ -4,11 +4,14 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
+#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <map>
 #include <set>
 #include <type_traits>
+#include <utility>
 
 #include <fmt/format.h>
 
