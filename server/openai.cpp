@@ -8,7 +8,9 @@ namespace moed {
 
 namespace {
 
-bool is_empty(const WireJson& value) { return (value.is_structured() || value.is_string()) && value.empty(); }
+bool is_empty(const WireJson& value) {
+  return value.is_string() ? value.get_ref<const std::string&>().empty() : value.is_structured() && value.empty();
+}
 
 // Fields that would change the answer and are not served: anything but absence (or emptiness) is refused.
 void refuse_present(Fields& fields, std::initializer_list<const char*> names) {

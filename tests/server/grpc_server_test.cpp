@@ -1,0 +1,202 @@
+#include "server/grpc_server.h"
+
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "fake_service.h"
+#include "moed.grpc.pb.h"
+
+namespace moed {
+namespace {
+
+class GrpcServerTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    Settings settings;
+    settings.server.grpc_port = 0;
+    auto server = GrpcServer::start(settings, service_);
+    ASSERT_TRUE(server.ok()) << server.status().message();
+    server_ = std::move(server).value();
+    const std::string target = "127.0.0.1:" + std::to_string(server_->port());
+    stub_ = v1::Inference::NewStub(grpc::CreateChannel(target, grpc::InsecureChannelCredentials()));
+  }
+  static v1::ChatCompletionRequest chat() {
+    v1::ChatCompletionRequest request;
+    v1::ChatMessage& message = *request.add_messages();
+    message.set_role("user");
+    message.set_content("hi");
+    return request;
+  }
+  bool eventually(const std::function<bool()>& holds) {
+    for (int i = 0; i < 1000 && !holds(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    return holds();
+  }
+
+  FakeService service_;
+  std::unique_ptr<GrpcServer> server_;
+  std::unique_ptr<v1::Inference::Stub> stub_;
+};
+
+TEST_F(GrpcServerTest, UnaryChat) {
+  grpc::ClientContext context;
+  v1::ChatCompletionRequest request = chat();
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_sampling()->set_n(2);
+  request.mutable_sampling()->set_logprobs(1);
+  (*request.mutable_sampling()->mutable_logit_bias())[5] = -1.5;
+  request.add_messages()->set_role("assistant");
+  v1::ChatCompletionResponse response;
+  const grpc::Status status = stub_->ChatCompletion(&context, request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(response.choices_size(), 2);
+  EXPECT_EQ(response.choices(1).message().content(), "Hello wonderful world");
+  EXPECT_EQ(response.choices(1).finish_reason(), v1::FINISH_REASON_STOP);
+  EXPECT_EQ(response.choices(0).tokens_size(), 3);
+  EXPECT_EQ(response.choices(0).tokens(0).top_size(), 1);
+  EXPECT_EQ(response.usage().total_tokens(), 13);
+  EXPECT_EQ(response.model(), "fake");
+  const GenerationParams params = service_.last_params();
+  EXPECT_EQ(params.temperature, 0.0);
+  EXPECT_EQ(params.top_p, std::nullopt);
+  EXPECT_EQ(params.n, 2);
+  EXPECT_EQ(params.logit_bias, (std::vector<std::pair<int64_t, double>>{{5, -1.5}}));
+  EXPECT_EQ(params.messages_json, R"([{"role":"user","content":"hi"},{"role":"assistant","content":null}])");
+}
+
+TEST_F(GrpcServerTest, StreamedChatAndGenerate) {
+  grpc::ClientContext context;
+  auto reader = stub_->StreamChatCompletion(&context, chat());
+  v1::ChatCompletionChunk chunk;
+  std::string text;
+  int count = 0;
+  while (reader->Read(&chunk)) {
+    EXPECT_EQ(chunk.choice().role(), count == 0 ? "assistant" : "");
+    text += chunk.choice().content();
+    ++count;
+  }
+  ASSERT_TRUE(reader->Finish().ok());
+  EXPECT_EQ(text, "Hello wonderful world");
+  EXPECT_EQ(count, 4);
+  EXPECT_EQ(chunk.usage().completion_tokens(), 3);
+
+  grpc::ClientContext second;
+  v1::GenerateRequest request;
+  request.mutable_token_ids()->add_ids(5);
+  request.set_echo(true);
+  auto pieces = stub_->Generate(&second, request);
+  v1::GenerateChunk piece;
+  ASSERT_TRUE(pieces->Read(&piece));
+  EXPECT_EQ(piece.prompt_text(), "Say:");
+  EXPECT_EQ(piece.token_ids(0), 10);
+  while (pieces->Read(&piece)) {
+  }
+  EXPECT_TRUE(pieces->Finish().ok());
+  EXPECT_TRUE(service_.last_params().prompts[0].is_ids);
+}
+
+TEST_F(GrpcServerTest, ErrorsAreStatuses) {
+  const auto code = [&](const v1::ChatCompletionRequest& request) {
+    grpc::ClientContext context;
+    v1::ChatCompletionResponse response;
+    const grpc::StatusCode unary = stub_->ChatCompletion(&context, request, &response).error_code();
+    grpc::ClientContext other;
+    auto reader = stub_->StreamChatCompletion(&other, request);
+    v1::ChatCompletionChunk chunk;
+    while (reader->Read(&chunk)) {
+    }
+    EXPECT_EQ(reader->Finish().error_code(), unary);
+    return unary;
+  };
+  service_.refusal = Status(StatusCode::kResourceExhausted, "the queue is full");
+  EXPECT_EQ(code(chat()), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  service_.refusal = Status(StatusCode::kUnavailable, "loading");
+  EXPECT_EQ(code(chat()), grpc::StatusCode::UNAVAILABLE);
+  service_.refusal = Status();
+  service_.fail_after = 1;
+  EXPECT_EQ(code(chat()), grpc::StatusCode::UNAVAILABLE);
+  v1::ChatCompletionRequest request = chat();
+  request.set_model("other");
+  EXPECT_EQ(code(request), grpc::StatusCode::NOT_FOUND);
+  request = chat();
+  request.set_chat_template_kwargs_json("[1]");
+  EXPECT_EQ(code(request), grpc::StatusCode::INVALID_ARGUMENT);
+  service_.key = "secret";
+  EXPECT_EQ(code(chat()), grpc::StatusCode::UNAUTHENTICATED);
+  grpc::ClientContext context;
+  context.AddMetadata("authorization", "Bearer secret");
+  v1::GetLoadsResponse loads;
+  EXPECT_TRUE(stub_->GetLoads(&context, {}, &loads).ok());
+  EXPECT_EQ(loads.waiting(), 2);
+}
+
+TEST_F(GrpcServerTest, CancelAndDeadlineReachTheGeneration) {
+  service_.token_us = 20000;
+  v1::ChatCompletionRequest request = chat();
+  request.mutable_sampling()->set_max_tokens(1000);
+  {
+    grpc::ClientContext context;
+    auto reader = stub_->StreamChatCompletion(&context, request);
+    v1::ChatCompletionChunk chunk;
+    ASSERT_TRUE(reader->Read(&chunk));
+    context.TryCancel();
+    while (reader->Read(&chunk)) {
+    }
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+    EXPECT_TRUE(eventually([&] { return service_.alive == 0; }));
+    EXPECT_EQ(service_.cancelled, 1);
+  }
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(100));
+  v1::ChatCompletionResponse response;
+  EXPECT_EQ(stub_->ChatCompletion(&context, request, &response).error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_TRUE(eventually([&] { return service_.alive == 0; }));
+  EXPECT_EQ(service_.cancelled, 2);
+}
+
+TEST_F(GrpcServerTest, TheOtherCalls) {
+  grpc::ClientContext a, b, c, d;
+  v1::TokenizeRequest text;
+  text.set_text("four");
+  v1::TokenizeResponse tokens;
+  ASSERT_TRUE(stub_->Tokenize(&a, text, &tokens).ok());
+  EXPECT_EQ(tokens.token_ids(2), 4);
+  v1::DetokenizeRequest ids;
+  ids.add_token_ids(1);
+  v1::DetokenizeResponse back;
+  ASSERT_TRUE(stub_->Detokenize(&b, ids, &back).ok());
+  EXPECT_EQ(back.text(), "1 tokens");
+  v1::GetModelInfoResponse model;
+  ASSERT_TRUE(stub_->GetModelInfo(&c, {}, &model).ok());
+  EXPECT_EQ(model.names(1), "org/fake");
+  v1::GetServerInfoResponse info;
+  ASSERT_TRUE(stub_->GetServerInfo(&d, {}, &info).ok());
+  EXPECT_EQ(info.state(), "ready");
+}
+
+TEST_F(GrpcServerTest, APortInUseIsAnError) {
+  Settings settings;
+  settings.server.grpc_port = server_->port();
+  const auto second = GrpcServer::start(settings, service_);
+  ASSERT_FALSE(second.ok());
+  EXPECT_NE(second.status().message().find(std::to_string(server_->port())), std::string::npos);
+}
+
+TEST_F(GrpcServerTest, ShutdownCutsWhatIsUnderWay) {
+  service_.token_us = 20000;
+  v1::ChatCompletionRequest request = chat();
+  request.mutable_sampling()->set_max_tokens(100000);
+  grpc::ClientContext context;
+  auto reader = stub_->StreamChatCompletion(&context, request);
+  v1::ChatCompletionChunk chunk;
+  ASSERT_TRUE(reader->Read(&chunk));
+  server_->shutdown(0.1);
+  while (reader->Read(&chunk)) {
+  }
+  EXPECT_FALSE(reader->Finish().ok());
+  EXPECT_TRUE(eventually([&] { return service_.alive == 0; }));
+}
+
+}  // namespace
+}  // namespace moed
