@@ -131,12 +131,12 @@ StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimi
                       .process_bytes = kProcessBytes,
                       .free_bytes = machine.host_free_bytes,
                       .free_source = machine.source};
+  const int64_t reserve = std::max(kReserveBytes, machine.host_free_bytes / kReserveShare);
   if (limits.kv_gib > 0.0) {
     // Beyond any machine, but safe to multiply.
     const double kv_gib = std::min(limits.kv_gib, 1e6);
     budget.kv_blocks = static_cast<int64_t>(kv_gib * static_cast<double>(kGiB)) / block_bytes;
   } else {
-    const int64_t reserve = std::max(kReserveBytes, machine.host_free_bytes / kReserveShare);
     const int64_t left = machine.host_free_bytes - budget.total_bytes() - reserve;
     budget.kv_blocks = std::clamp<int64_t>(left / block_bytes, 0, limits.sequences_max * blocks_a_context);
   }
@@ -159,7 +159,8 @@ StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimi
   }
   budget.kv_bytes = context_bytes;
   budget.kv_blocks = context_bytes / block_bytes;
-  return too_small(budget, " for one context of " + std::to_string(context_min) + " tokens");
+  return too_small(budget, " for one context of " + std::to_string(context_min) + " tokens, with " + gib(reserve) +
+                               " GiB left to the machine");
 }
 
 }  // namespace moed
