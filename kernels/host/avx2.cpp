@@ -18,7 +18,6 @@ struct Vectors {
   static constexpr int kLanes = 8;
   static constexpr int kTileRows = 3;
   static constexpr int tile_columns(int rows) { return rows <= 2 ? 4 : 2; }
-  static constexpr int kPrefetchRows = 2;
   static constexpr int kScoreRows = 4;
   static constexpr int kScoreVectors = 2;
 

@@ -16,7 +16,6 @@ struct Avx512Vectors {
   static constexpr int kLanes = 16;
   static constexpr int kTileRows = 6;
   static constexpr int tile_columns(int rows) { return rows <= 3 ? 8 : 4; }
-  static constexpr int kPrefetchRows = 3;
   static constexpr int kScoreRows = 4;
   static constexpr int kScoreVectors = 4;
 
@@ -60,9 +59,7 @@ struct Avx512Vectors {
   static void prefetch(const Bf16* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 
   // Halves of a and b added: 8 lanes of a, 8 of b.
-  static F fold2(F a, F b) {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  }
+  static F fold2(F a, F b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee)); }
   // 4 lanes each of a, b, c, d, one 128-bit part each.
   static F fold4(F a, F b, F c, F d) {
     const F ab = fold2(a, b);
@@ -70,12 +67,8 @@ struct Avx512Vectors {
     return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
   }
   // Parts of 4 lanes to parts of 2 + 2.
-  static F fold_parts(F a, F b) {
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
-  }
-  static F fold_pairs(F a, F b) {
-    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
-  }
+  static F fold_parts(F a, F b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee)); }
+  static F fold_pairs(F a, F b) { return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd)); }
   static float sum(F x) {
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

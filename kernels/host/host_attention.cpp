@@ -13,7 +13,9 @@ int32_t seen_by(const AttentionSpan& span, int32_t row) { return span.num_cached
 
 int32_t chunks_of(int32_t positions) { return (positions + kChunkPositions - 1) / kChunkPositions; }
 
-AttentionPartial partial_at(float* base, int32_t vectors) { return {base, base + vectors, base + 2 * int64_t{vectors}}; }
+AttentionPartial partial_at(float* base, int32_t vectors) {
+  return {base, base + vectors, base + 2 * int64_t{vectors}};
+}
 
 AttentionPartial skip(const AttentionPartial& partial, int32_t vectors, int32_t head_dim) {
   return {partial.peak + vectors, partial.total + vectors, partial.sums + int64_t{vectors} * head_dim};

@@ -39,9 +39,9 @@ Status HostOps::reserve(const OpLimits& limits) {
   try {
     reserve_scratch(limits);
   } catch (const std::bad_alloc&) {
-    return Status(StatusCode::kResourceExhausted,
-                  "cannot allocate the workspaces of the kernels for " + std::to_string(limits.rows) + " rows and " +
-                      std::to_string(limits.context_tokens) + " tokens of context");
+    return Status(StatusCode::kResourceExhausted, "cannot allocate the workspaces of the kernels for " +
+                                                      std::to_string(limits.rows) + " rows and " +
+                                                      std::to_string(limits.context_tokens) + " tokens of context");
   }
   return {};
 }
@@ -99,7 +99,8 @@ void HostOps::for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64
 
 void HostOps::embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<float> out, Stream&) {
   const auto num_tokens = static_cast<int64_t>(tokens.size());
-  MOED_CHECK(num_tokens <= out.rows && table.cols == out.cols) << "embed: " << num_tokens << " tokens, out " << out.rows;
+  MOED_CHECK(num_tokens <= out.rows && table.cols == out.cols)
+      << "embed: " << num_tokens << " tokens, out " << out.rows;
   for_rows(num_tokens, table.cols, [&](int64_t row, int) {
     MOED_CHECK(tokens[row] >= 0 && tokens[row] < table.rows) << "token " << tokens[row] << " of " << table.rows;
     kernels_.to_float(table.row(tokens[row]), table.cols, out.row(row));
@@ -155,7 +156,8 @@ void HostOps::product(int32_t rows, const LinearWeights& weights, bool accumulat
   const int32_t columns = columns_for(rows, weights.in, weights.out);
   const bool wide = prepare_wide(rows, weights.in, weights.out, columns);
   const int64_t column_blocks = divide_up(weights.out, columns);
-  // Own kernels: rows are cut only when the columns alone do not occupy all threads, for each cut reads the weights once more.
+  // Own kernels: rows are cut only when the columns alone do not occupy all threads, for each cut reads the weights
+  // once more.
   const int64_t cuts = std::clamp<int64_t>(divide_up(int64_t{3} * threads, column_blocks), 1, divide_up(rows, 24));
   const int32_t rows_a_block = wide ? OneDnn::kRows : static_cast<int32_t>(divide_up(rows, cuts));
   const int64_t row_blocks = divide_up(rows, rows_a_block);

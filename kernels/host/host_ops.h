@@ -11,8 +11,8 @@
 
 namespace moed {
 
-// Query vectors that share one reading of a chunk, unless one row has more: enough to make its transposition cheap, few enough to
-// stay in L1.
+// Query vectors that share one reading of a chunk, unless one row has more: enough to make its transposition cheap, few
+// enough to stay in L1.
 constexpr int32_t kTileVectors = 32;
 
 // The ops of the host device: checks shapes, cuts the work over the pool's threads, calls the kernels of one ISA.
@@ -35,8 +35,8 @@ class HostOps final : public Ops {
   void combine(const Combine& args, Stream& stream) override;
 
  private:
-  // Rows of one sequence against chunks [chunk_begin, chunk_end): all that they see (split_offset < 0), or one, whose partials
-  // for all KV heads lie at split_partials_[split_offset].
+  // Rows of one sequence against chunks [chunk_begin, chunk_end): all that they see (split_offset < 0), or one, whose
+  // partials for all KV heads lie at split_partials_[split_offset].
   struct AttentionTask {
     int32_t span = 0;
     int32_t row = 0;  // within the span
@@ -102,16 +102,16 @@ class HostOps final : public Ops {
   const bool use_onednn_;
   std::unique_ptr<OneDnn> onednn_;  // null: own kernels only
   OpLimits limits_;
-  std::vector<Scratch> scratch_;             // [threads]
-  std::vector<const Bf16*> x_rows_;          // [rows * choices + rows]
-  std::vector<const Bf16*> scratch_rows_;    // as many: rows of ExpertFfn::scratch
-  std::vector<float*> y_rows_;               // as many
-  std::vector<int64_t> work_tasks_;          // tasks before each work
-  std::vector<int32_t> work_rows_;           // rows before each work
-  std::vector<int32_t> work_columns_;        // columns of each work's tasks
-  std::vector<uint8_t> work_wide_;           // whether a work's blocks of many rows go to oneDNN
-  std::vector<float> logits_;                // [rows, experts]
-  std::vector<float> shared_logits_;         // [rows]
+  std::vector<Scratch> scratch_;           // [threads]
+  std::vector<const Bf16*> x_rows_;        // [rows * choices + rows]
+  std::vector<const Bf16*> scratch_rows_;  // as many: rows of ExpertFfn::scratch
+  std::vector<float*> y_rows_;             // as many
+  std::vector<int64_t> work_tasks_;        // tasks before each work
+  std::vector<int32_t> work_rows_;         // rows before each work
+  std::vector<int32_t> work_columns_;      // columns of each work's tasks
+  std::vector<uint8_t> work_wide_;         // whether a work's blocks of many rows go to oneDNN
+  std::vector<float> logits_;              // [rows, experts]
+  std::vector<float> shared_logits_;       // [rows]
   std::vector<AttentionTask> attention_tasks_;
   std::vector<SplitTile> split_tiles_;
   std::vector<float> split_partials_;

@@ -74,8 +74,8 @@ void HostOps::choose_experts(const Route& args, int64_t row, int thread) {
   }
 }
 
-// Rules out all groups but the best. A group is worth the sum of its two best when scores are corrected by a bias (DeepSeek-V3), else
-// its best (DeepSeek-V2).
+// Rules out all groups but the best. A group is worth the sum of its two best when scores are corrected by a bias
+// (DeepSeek-V3), else its best (DeepSeek-V2).
 void HostOps::keep_best_groups(const Route& args, Scratch& scratch) const {
   const int32_t size = args.gate.out / args.num_groups;
   const bool two = args.correction_bias != nullptr && size > 1;

@@ -4,19 +4,19 @@
 
 #include "base/bf16.h"
 
-// Included by files compiled for one ISA each: plain data only, so that no inline function of theirs can be taken by the linker
-// for the whole program.
+// Included by files compiled for one ISA each: plain data only, so that no inline function of theirs can be taken by
+// the linker for the whole program.
 namespace moed {
 
-// y[m][i] = sum over k of x[m][k] * w[i][k], for every m and i in [0, n): one block of a product. Each sum runs over k in one order that
-// depends on k alone, so that neither m, n, nor a row's place in the block changes a bit.
+// y[m][i] = sum over k of x[m][k] * w[i][k], for every m and i in [0, n): one block of a product. Each sum runs over k
+// in one order that depends on k alone, so that neither m, n, nor a row's place in the block changes a bit.
 struct DotBlock {
   const Bf16* const* x = nullptr;  // [m] rows of k
   int32_t m = 0;
   const Bf16* w = nullptr;  // [n, k], rows k apart
   int32_t n = 0;
   int32_t k = 0;
-  float* const* y = nullptr;    // [m] rows; column y_begin belongs to w's row 0
+  float* const* y = nullptr;  // [m] rows; column y_begin belongs to w's row 0
   int32_t y_begin = 0;
   const float* bias = nullptr;  // [n] or null
   bool accumulate = false;      // y += instead of y =
@@ -34,23 +34,23 @@ struct AttentionPartial {
 
 // Some query vectors of one KV head against one chunk of its positions.
 struct AttentionChunk {
-  const Bf16* const* q = nullptr;      // [vectors] of head_dim
-  const int32_t* visible = nullptr;    // [vectors], 1..kChunkPositions: positions seen, from the chunk's first
+  const Bf16* const* q = nullptr;    // [vectors] of head_dim
+  const int32_t* visible = nullptr;  // [vectors], 1..kChunkPositions: positions seen, from the chunk's first
   int32_t vectors = 0;
-  int32_t visible_max = 0;             // largest of visible
-  const Bf16* const* k = nullptr;      // blocks of [block_tokens, head_dim]
+  int32_t visible_max = 0;         // largest of visible
+  const Bf16* const* k = nullptr;  // blocks of [block_tokens, head_dim]
   const Bf16* const* v = nullptr;
-  int32_t block_tokens = 0;            // a multiple of 16
-  int32_t head_dim = 0;                // even
+  int32_t block_tokens = 0;  // a multiple of 16
+  int32_t head_dim = 0;      // even
   float scale = 0.0F;
-  uint32_t* transposed_k = nullptr;    // scratch [head_dim / 2, kChunkPositions]
-  float* scores = nullptr;             // scratch [vectors, kChunkPositions]
+  uint32_t* transposed_k = nullptr;  // scratch [head_dim / 2, kChunkPositions]
+  float* scores = nullptr;           // scratch [vectors, kChunkPositions]
   AttentionPartial out;
 };
 
 // One head of one row between projection and cache: norm, clip, rope, bf16.
 struct RopeHead {
-  const float* x = nullptr;     // [head_dim]
+  const float* x = nullptr;  // [head_dim]
   int32_t head_dim = 0;
   const float* norm = nullptr;  // [head_dim] or null
   float inverse_rms = 1.0F;     // used when norm is set
@@ -66,7 +66,8 @@ struct KernelTable {
   void (*dot_block)(const DotBlock& block);
   void (*attention_chunk)(const AttentionChunk& chunk);
   // into = into combined with `from`, the chunk that follows.
-  void (*attention_merge)(const AttentionPartial& into, const AttentionPartial& from, int32_t vectors, int32_t head_dim);
+  void (*attention_merge)(const AttentionPartial& into, const AttentionPartial& from, int32_t vectors,
+                          int32_t head_dim);
   // out[i] = bf16(x[i] / divisor)
   void (*divide_to_bf16)(const float* x, float divisor, int32_t n, Bf16* out);
   void (*rope_head)(const RopeHead& head);

@@ -9,34 +9,41 @@ namespace moed {
 // Every inner loop, once, over a vector type V that each ISA's file defines. V is a type of that file alone, so no two
 // files instantiate the same symbol.
 //
-// V: kLanes floats an F; 2 * kLanes bf16 a P. dot(acc, a, b) adds the products of even and odd neighbours to each lane. sum(F)
-// adds lane i to lane i + half, halving down to one; sums() does the same for many.
+// V: kLanes floats an F; 2 * kLanes bf16 a P. dot(acc, a, b) adds the products of even and odd neighbours to each lane.
+// sum(F) adds lane i to lane i + half, halving down to one; sums() does the same for many.
 template <class V>
 struct Kernels {
   using F = typename V::F;
   using P = typename V::P;
   static constexpr int kLanes = V::kLanes;
   static constexpr int kPairs = 2 * kLanes;
+  // Up to here memory sets the pace of a product.
+  static constexpr int32_t kFewRows = 48;
+  static constexpr int64_t kTileElementsMax = 6144;
+  static constexpr int64_t kRowAheadElements = 1024;
 
   static const KernelTable& table() {
-    static constexpr KernelTable kTable = {&dot_block,     &attention_chunk, &attention_merge, &divide_to_bf16,
-                                           &rope_head,     &silu_mul,        &sum_squares,     &scale_to_bf16,
-                                           &to_float,      &add_scaled,      &exp_shifted};
+    static constexpr KernelTable kTable = {&dot_block, &attention_chunk, &attention_merge, &divide_to_bf16,
+                                           &rope_head, &silu_mul,        &sum_squares,     &scale_to_bf16,
+                                           &to_float,  &add_scaled,      &exp_shifted};
     return kTable;
   }
 
   // ---- products
 
-  template <int M, int N>
+  // kAhead: the weights of the tile that follows are asked for, since memory and not the arithmetic sets the pace.
+  template <int M, int N, bool kAhead>
   static void dot_tile(const Bf16* const* x, const Bf16* w, int32_t k, float* sums) {
     F acc[M * N];
     for (int i = 0; i < M * N; ++i) acc[i] = V::zero();
+    // The same place in the next tile, or, when two tiles would crowd L1, further on in the same rows.
+    [[maybe_unused]] const int64_t ahead = int64_t{N} * k <= kTileElementsMax ? int64_t{N} * k : kRowAheadElements;
     int32_t at = 0;
     for (; at + kPairs <= k; at += kPairs) {
       P ws[N];
       for (int n = 0; n < N; ++n) {
         ws[n] = V::load_pairs(w + int64_t{n} * k + at);
-        if constexpr (M <= V::kPrefetchRows) V::prefetch(w + int64_t{n + N} * k + at);
+        if constexpr (kAhead) V::prefetch(w + int64_t{n} * k + at + ahead);
       }
       for (int m = 0; m < M; ++m) {
         const P xs = V::load_pairs(x[m] + at);
@@ -52,10 +59,10 @@ struct Kernels {
     V::template sums<M * N>(acc, sums);
   }
 
-  template <int M, int N>
+  template <int M, int N, bool kAhead>
   static void dot_tile_to(const DotBlock& block, int32_t row, int32_t column) {
     float sums[M * N];
-    dot_tile<M, N>(block.x + row, block.w + int64_t{column} * block.k, block.k, sums);
+    dot_tile<M, N, kAhead>(block.x + row, block.w + int64_t{column} * block.k, block.k, sums);
     for (int m = 0; m < M; ++m) {
       float* y = block.y[row + m] + block.y_begin + column;
       if (block.bias != nullptr) {
@@ -68,25 +75,45 @@ struct Kernels {
     }
   }
 
-  template <int M>
-  static void dot_rows(const DotBlock& block, int32_t row, int32_t rows) {
+  template <int M, bool kAhead>
+  static void dot_columns(const DotBlock& block, int32_t row, int32_t column, int32_t end) {
+    constexpr int kColumns = V::tile_columns(M);
+    for (; column + kColumns <= end; column += kColumns) dot_tile_to<M, kColumns, kAhead>(block, row, column);
+    for (; column < end; ++column) dot_tile_to<M, 1, kAhead>(block, row, column);
+  }
+
+  // rows in [1, M] from `row` against columns [column, end).
+  template <int M, bool kAhead>
+  static void dot_rows(const DotBlock& block, int32_t row, int32_t rows, int32_t column, int32_t end) {
     if (rows == M) {
-      constexpr int kColumns = V::tile_columns(M);
-      int32_t column = 0;
-      for (; column + kColumns <= block.n; column += kColumns) dot_tile_to<M, kColumns>(block, row, column);
-      for (; column < block.n; ++column) dot_tile_to<M, 1>(block, row, column);
+      dot_columns<M, kAhead>(block, row, column, end);
     } else if constexpr (M > 1) {
-      dot_rows<M - 1>(block, row, rows);
+      dot_rows<M - 1, kAhead>(block, row, rows, column, end);
+    }
+  }
+
+  // All rows against columns [column, end), in tiles as even as they come: 8 rows are 4 + 4 rather than 6 + 2. The
+  // first tile fetches ahead when `cold`.
+  static void dot_strip(const DotBlock& block, int32_t column, int32_t end, bool cold) {
+    int32_t tiles = (block.m + V::kTileRows - 1) / V::kTileRows;
+    for (int32_t row = 0; tiles > 0; --tiles) {
+      const int32_t rows = (block.m - row + tiles - 1) / tiles;
+      if (cold && row == 0) {
+        dot_rows<V::kTileRows, true>(block, row, rows, column, end);
+      } else {
+        dot_rows<V::kTileRows, false>(block, row, rows, column, end);
+      }
+      row += rows;
     }
   }
 
   static void dot_block(const DotBlock& block) {
-    // Tiles as even as they come: 8 rows are 4 + 4 rather than 6 + 2.
-    int32_t tiles = (block.m + V::kTileRows - 1) / V::kTileRows;
-    for (int32_t row = 0; tiles > 0; --tiles) {
-      const int32_t rows = (block.m - row + tiles - 1) / tiles;
-      dot_rows<V::kTileRows>(block, row, rows);
-      row += rows;
+    if (block.m <= V::kTileRows || block.m > kFewRows) return dot_strip(block, 0, block.n, block.m <= kFewRows);
+    // A few tiles of rows: strips of weights narrow enough for L1 pass all rows while the next strip comes from memory.
+    constexpr int kStrip = V::tile_columns(V::kTileRows);
+    for (int32_t column = 0; column < block.n; column += kStrip) {
+      const int32_t end = column + kStrip < block.n ? column + kStrip : block.n;
+      dot_strip(block, column, end, true);
     }
   }
 

@@ -19,7 +19,6 @@ struct Vectors {
   static constexpr int kLanes = 4;
   static constexpr int kTileRows = 2;
   static constexpr int tile_columns(int rows) { return rows == 1 ? 4 : 2; }
-  static constexpr int kPrefetchRows = 0;
   static constexpr int kScoreRows = 2;
   static constexpr int kScoreVectors = 2;
 
@@ -41,9 +40,7 @@ struct Vectors {
     if (count >= kLanes) return store(p, x);
     for (int i = 0; i < count; ++i) p[i] = x[i];
   }
-  static F load_bf16(const Bf16* p) {
-    return reinterpret_cast<F>(U{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16);
-  }
+  static F load_bf16(const Bf16* p) { return reinterpret_cast<F>(U{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16); }
   static F load_bf16(const Bf16* p, int32_t count) {
     if (count >= kLanes) return load_bf16(p);
     U u = {0, 0, 0, 0};
@@ -85,7 +82,9 @@ struct Vectors {
   static P split(U words) { return {reinterpret_cast<F>(words << 16), reinterpret_cast<F>(words & 0xffff0000U)}; }
   // Words whose low half is the neighbour that comes first, whatever the byte order.
   static U words(const Bf16* p) {
-    const auto word = [p](int i) { return static_cast<uint32_t>(p[i].bits) | static_cast<uint32_t>(p[i + 1].bits) << 16; };
+    const auto word = [p](int i) {
+      return static_cast<uint32_t>(p[i].bits) | static_cast<uint32_t>(p[i + 1].bits) << 16;
+    };
     return U{word(0), word(2), word(4), word(6)};
   }
   static P load_pairs(const Bf16* p) { return split(words(p)); }
@@ -110,8 +109,8 @@ struct Vectors {
     for (int32_t row = 0; row < 16; ++row) {
       const Bf16* p = rows + row * head_dim;
       for (int32_t word = 0; word < head_dim / 2; ++word, p += 2) {
-        out[int64_t{word} * kChunkPositions + row] =
-            static_cast<uint32_t>(p[0].bits) | static_cast<uint32_t>(p[1].bits) << 16;
+        out[int64_t{word} * kChunkPositions + row] = static_cast<uint32_t>(p[0].bits) | static_cast<uint32_t>(p[1].bits)
+                                                                                            << 16;
       }
     }
   }

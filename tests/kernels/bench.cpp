@@ -10,7 +10,8 @@
 namespace moed {
 namespace {
 
-// Weights cycle through this much memory, so that a decode step finds none of them in the cache, as in a pass over a model.
+// Weights cycle through this much memory, so that a decode step finds none of them in the cache, as in a pass over a
+// model.
 constexpr int64_t kColdBytes = int64_t{512} << 20;
 
 struct Host {
@@ -106,9 +107,9 @@ void expert_ffn(benchmark::State& state, const std::string& isa, const cases::Ff
     host.device->ops().expert_ffn(args, *host.stream);
   }
   state.SetBytesProcessed(bytes);
-  state.counters["GFLOP/s"] =
-      benchmark::Counter(6e-9 * c.rows * c.choices * c.hidden * c.intermediate * static_cast<double>(state.iterations()),
-                         benchmark::Counter::kIsRate);
+  state.counters["GFLOP/s"] = benchmark::Counter(
+      6e-9 * c.rows * c.choices * c.hidden * c.intermediate * static_cast<double>(state.iterations()),
+      benchmark::Counter::kIsRate);
 }
 
 // One layer's attention of the demo: 9 query heads over 3 KV heads of 64.
@@ -132,8 +133,8 @@ void attention(benchmark::State& state, const std::string& isa, int32_t spans, i
   args.out = Matrix<Bf16>(out.data(), spans * rows, width);
   for (auto _ : state) host.device->ops().attention(args, *host.stream);
   const double seen = spans * (double(rows) * cached + 0.5 * rows * (rows + 1));
-  state.counters["GFLOP/s"] = benchmark::Counter(4e-9 * width * seen * static_cast<double>(state.iterations()),
-                                                 benchmark::Counter::kIsRate);
+  state.counters["GFLOP/s"] =
+      benchmark::Counter(4e-9 * width * seen * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
   state.SetBytesProcessed(state.iterations() * int64_t{spans} * (cached + rows) * 2 * 2 * c.num_kv_heads * c.head_dim);
 }
 
@@ -152,8 +153,8 @@ void register_all() {
       benchmark::RegisterBenchmark(name.c_str(), expert_ffn, isa, c)->UseRealTime();
     }
     for (const auto& [spans, cached, rows] : {std::tuple{1, 127, 1}, {1, 4000, 1}, {16, 500, 1}, {1, 0, 512}}) {
-      const std::string name = "Attention/" + isa + "/" + std::to_string(spans) + "x" + std::to_string(cached) + "+" +
-                               std::to_string(rows);
+      const std::string name =
+          "Attention/" + isa + "/" + std::to_string(spans) + "x" + std::to_string(cached) + "+" + std::to_string(rows);
       benchmark::RegisterBenchmark(name.c_str(), attention, isa, spans, cached, rows)->UseRealTime();
     }
   }

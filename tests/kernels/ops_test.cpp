@@ -40,7 +40,8 @@ template <class T>
 void expect_close(const T* got, const std::vector<double>& wanted, const std::vector<double>& tolerances) {
   for (size_t i = 0; i < wanted.size(); ++i) {
     const double value = static_cast<float>(got[i]);
-    ASSERT_LE(std::abs(value - wanted[i]), tolerances[i]) << "at " << i << ": got " << value << ", wanted " << wanted[i];
+    ASSERT_LE(std::abs(value - wanted[i]), tolerances[i])
+        << "at " << i << ": got " << value << ", wanted " << wanted[i];
   }
 }
 
@@ -163,7 +164,8 @@ void check_rope(Ops& ops, Stream& stream, const RopeCase& c) {
   ops.rope_append(args, stream);
 
   const reference::Rope wanted = reference::rope(args);
-  // A turned pair is a difference of two products: its error goes with the larger of the two, bounded by the row's peak.
+  // A turned pair is a difference of two products: its error goes with the larger of the two, bounded by the row's
+  // peak.
   const auto tolerances = [](const std::vector<double>& x) {
     std::vector<double> out = bf16_tolerances(x);
     double peak = 0.0;
@@ -195,9 +197,10 @@ void check_rope(Ops& ops, Stream& stream, const RopeCase& c) {
 
 TEST_P(OpsTest, RopeAppendMatchesDouble) {
   using Norm = RopeAppend::Norm;
-  for (const RopeCase& c : {RopeCase{9, 3, 64, 64, Norm::kNone, INFINITY}, RopeCase{4, 2, 20, 20, Norm::kPerHead, INFINITY},
-                            RopeCase{6, 6, 18, 18, Norm::kWhole, 0.8F}, RopeCase{2, 1, 96, 24, Norm::kNone, 1.5F},
-                            RopeCase{1, 1, 2, 2, Norm::kPerHead, INFINITY}, RopeCase{3, 1, 128, 0, Norm::kWhole, INFINITY}}) {
+  for (const RopeCase& c :
+       {RopeCase{9, 3, 64, 64, Norm::kNone, INFINITY}, RopeCase{4, 2, 20, 20, Norm::kPerHead, INFINITY},
+        RopeCase{6, 6, 18, 18, Norm::kWhole, 0.8F}, RopeCase{2, 1, 96, 24, Norm::kNone, 1.5F},
+        RopeCase{1, 1, 2, 2, Norm::kPerHead, INFINITY}, RopeCase{3, 1, 128, 0, Norm::kWhole, INFINITY}}) {
     SCOPED_TRACE(testing::Message() << c.num_heads << " heads of " << c.head_dim << ", rotary " << c.rotary_dim);
     check_rope(ops(), *stream_, c);
   }
@@ -251,9 +254,11 @@ TEST_P(OpsTest, RouteMatchesDouble) {
   constexpr auto kSoftmax = Route::Score::kSoftmax;
   constexpr auto kSigmoid = Route::Score::kSigmoid;
   int compared = 0;
-  for (const Case& c : {Case{33, 64, 8, 2, kSoftmax, true, false, false, 1, 1}, Case{7, 65, 60, 4, kSoftmax, false, true, false, 1, 1},
-                        Case{129, 127, 128, 8, kSoftmax, true, false, false, 1, 1}, Case{40, 64, 32, 4, kSigmoid, true, true, true, 8, 4},
-                        Case{40, 64, 24, 3, kSoftmax, false, false, false, 6, 2}, Case{5, 7, 3, 3, kSigmoid, false, false, false, 1, 1}}) {
+  for (const Case& c :
+       {Case{33, 64, 8, 2, kSoftmax, true, false, false, 1, 1}, Case{7, 65, 60, 4, kSoftmax, false, true, false, 1, 1},
+        Case{129, 127, 128, 8, kSoftmax, true, false, false, 1, 1},
+        Case{40, 64, 32, 4, kSigmoid, true, true, true, 8, 4}, Case{40, 64, 24, 3, kSoftmax, false, false, false, 6, 2},
+        Case{5, 7, 3, 3, kSigmoid, false, false, false, 1, 1}}) {
     Random random(c.experts);
     Route args;
     const std::vector<Bf16> x = random.bf16s(int64_t{c.rows} * c.hidden);
@@ -349,7 +354,8 @@ TEST_P(OpsTest, ExpertFfnMatchesDouble) {
         std::vector<double> tolerances;
         // The product of gate and up is rounded to bf16 once: each term of down is off by up to 2^-8 of itself.
         for (const double norm : wanted.norm) {
-          tolerances.push_back(tolerance(kEpsBf16, 1, norm) + tolerance(kEpsFloat, c.intermediate + c.hidden, norm) + 1e-4 * norm);
+          tolerances.push_back(tolerance(kEpsBf16, 1, norm) + tolerance(kEpsFloat, c.intermediate + c.hidden, norm) +
+                               1e-4 * norm);
         }
         expect_close(setup.args.y.row(pair), wanted.value, tolerances);
       }
@@ -378,8 +384,8 @@ TEST_P(OpsTest, CombineAddsInOrder) {
         double wanted = before[row * kHidden + i];
         double norm = std::abs(wanted);
         for (int choice = 0; choice < kChoices; ++choice) {
-          const double term = double{weighted ? weights[row * kChoices + choice] : 1.0F} *
-                              y[(row * kChoices + choice) * kHidden + i];
+          const double term =
+              double{weighted ? weights[row * kChoices + choice] : 1.0F} * y[(row * kChoices + choice) * kHidden + i];
           wanted += term;
           norm += std::abs(term);
         }
@@ -409,8 +415,14 @@ class InvarianceTest : public testing::TestWithParam<std::tuple<std::string, int
 };
 
 TEST_P(InvarianceTest, LinearRows) {
-  for (const cases::LinearCase& c : {cases::LinearCase{1, 129, 40}, {2, 577, 33}, {5, 64, 129}, {6, 1000, 17}, {7, 31, 24},
-                                     {64, 576, 100}, {129, 200, 50}, {600, 576, 40}}) {
+  for (const cases::LinearCase& c : {cases::LinearCase{1, 129, 40},
+                                     {2, 577, 33},
+                                     {5, 64, 129},
+                                     {6, 1000, 17},
+                                     {7, 31, 24},
+                                     {64, 576, 100},
+                                     {129, 200, 50},
+                                     {600, 576, 40}}) {
     Random random(c.rows);
     const std::vector<Bf16> w = random.bf16s(int64_t{c.in} * c.out);
     const std::vector<Bf16> x = random.bf16s(int64_t{c.rows} * c.in);

@@ -88,7 +88,9 @@ void turn(std::vector<double>& x, const RopeAppend& args, const float* cos_sin) 
   }
 }
 
-void append(std::vector<double>& all, const std::vector<double>& more) { all.insert(all.end(), more.begin(), more.end()); }
+void append(std::vector<double>& all, const std::vector<double>& more) {
+  all.insert(all.end(), more.begin(), more.end());
+}
 
 }  // namespace
 
@@ -149,7 +151,8 @@ Checked attention(const Attention& args, int32_t rows) {
 
 namespace {
 
-// Indices of the k largest, the lower index first among equals; `gap` shrinks to the smallest distance that decided the set or its order.
+// Indices of the k largest, the lower index first among equals; `gap` shrinks to the smallest distance that decided the
+// set or its order.
 std::vector<int32_t> top(const std::vector<double>& x, int32_t k, double& gap) {
   std::vector<int32_t> order(x.size());
   std::iota(order.begin(), order.end(), 0);

@@ -12,8 +12,8 @@ namespace moed::reference {
 std::vector<double> to_double(const Bf16* x, int64_t n);
 std::vector<double> to_double(const float* x, int64_t n);
 
-// What a result may miss: c * sqrt(k) * eps * norm, norm being the root of the sum of the squared terms that were added. The only
-// place where a tolerance is made.
+// What a result may miss: c * sqrt(k) * eps * norm, norm being the root of the sum of the squared terms that were
+// added. The only place where a tolerance is made.
 constexpr double kEpsFloat = 5.9604644775390625e-8;  // 2^-24
 constexpr double kEpsBf16 = 0.00390625;              // 2^-8
 double tolerance(double eps, double k, double norm);
