@@ -12,15 +12,15 @@ bool is_empty(const WireJson& value) {
   return value.is_string() ? value.get_ref<const std::string&>().empty() : value.is_structured() && value.empty();
 }
 
-// Fields that would change the answer and are not served: anything but absence (or emptiness) is refused.
-void refuse_present(Fields& fields, std::initializer_list<const char*> names) {
+// BodyFields that would change the answer and are not served: anything but absence (or emptiness) is refused.
+void refuse_present(BodyFields& fields, std::initializer_list<const char*> names) {
   for (const char* const name : names) {
     const WireJson* const value = fields.find(name);
     if (value != nullptr && !is_empty(*value)) fields.refuse(name);
   }
 }
 
-void refuse_true(Fields& fields, std::initializer_list<const char*> names) {
+void refuse_true(BodyFields& fields, std::initializer_list<const char*> names) {
   for (const char* const name : names) {
     bool value = false;
     fields.read(name, value);
@@ -28,7 +28,7 @@ void refuse_true(Fields& fields, std::initializer_list<const char*> names) {
   }
 }
 
-void read_stop(Fields& fields, std::vector<std::string>& stop) {
+void read_stop(BodyFields& fields, std::vector<std::string>& stop) {
   const WireJson* const value = fields.find("stop");
   if (value == nullptr) return;
   if (value->is_string()) {
@@ -42,7 +42,7 @@ void read_stop(Fields& fields, std::vector<std::string>& stop) {
   }
 }
 
-void read_logit_bias(Fields& fields, std::vector<std::pair<int64_t, double>>& bias) {
+void read_logit_bias(BodyFields& fields, std::vector<std::pair<int64_t, double>>& bias) {
   const WireJson* const value = fields.find("logit_bias");
   if (value == nullptr) return;
   if (!value->is_object()) return fields.fail("logit_bias", "must be an object of token ids and numbers");
@@ -56,19 +56,19 @@ void read_logit_bias(Fields& fields, std::vector<std::pair<int64_t, double>>& bi
   }
 }
 
-void read_stream(Fields& fields, OpenAiCall& call) {
+void read_stream(BodyFields& fields, OpenAiCall& call) {
   fields.read("stream", call.stream);
   const WireJson* const options = fields.find("stream_options");
   if (options == nullptr) return;
   if (!options->is_object()) return fields.fail("stream_options", "must be an object");
   if (!call.stream) return fields.fail("stream_options", "needs stream to be true");
-  Fields inner(*options, "stream_options.");
+  BodyFields inner(*options, "stream_options.");
   inner.read("include_usage", call.include_usage);
   inner.read("continuous_usage_stats", call.continuous_usage);
   if (!inner.status().ok()) fields.fail("stream_options", inner.status().message());
 }
 
-void read_response_format(Fields& fields) {
+void read_response_format(BodyFields& fields) {
   const WireJson* const value = fields.find("response_format");
   if (value == nullptr) return;
   if (!value->is_object() || !value->contains("type") || !(*value)["type"].is_string()) {
@@ -79,7 +79,7 @@ void read_response_format(Fields& fields) {
 }
 
 // What both endpoints share.
-void read_common(Fields& fields, OpenAiCall& call) {
+void read_common(BodyFields& fields, OpenAiCall& call) {
   GenerationParams& params = call.params;
   fields.read("model", params.model);
   fields.read("temperature", params.temperature);
@@ -121,7 +121,7 @@ void read_common(Fields& fields, OpenAiCall& call) {
   }
 }
 
-void read_tools(Fields& fields) {
+void read_tools(BodyFields& fields) {
   for (const char* const name : {"tools", "functions"}) {
     const WireJson* const tools = fields.find(name);
     if (tools != nullptr && !tools->is_array()) fields.fail(name, "must be an array");
@@ -134,7 +134,7 @@ void read_tools(Fields& fields) {
   fields.ignore("parallel_tool_calls");
 }
 
-void read_chat_logprobs(Fields& fields, GenerationParams& params) {
+void read_chat_logprobs(BodyFields& fields, GenerationParams& params) {
   bool wanted = false;
   std::optional<int64_t> top;
   fields.read("logprobs", wanted);
@@ -156,7 +156,7 @@ StatusOr<std::vector<int64_t>> token_ids(const WireJson& array, const std::strin
 }
 
 // A string, strings, token ids or lists of token ids.
-Status read_prompts(Fields& fields, std::vector<PromptInput>& prompts) {
+Status read_prompts(BodyFields& fields, std::vector<PromptInput>& prompts) {
   const WireJson* const value = fields.find("prompt");
   const char* const kWanted = "prompt must be a string, an array of strings, of token ids, or of arrays of token ids";
   if (value == nullptr) return invalid_argument("prompt is missing", "prompt");
@@ -185,7 +185,7 @@ Status read_prompts(Fields& fields, std::vector<PromptInput>& prompts) {
   return Status();
 }
 
-void read_messages(Fields& fields, std::string& messages_json) {
+void read_messages(BodyFields& fields, std::string& messages_json) {
   const WireJson* const messages = fields.find("messages");
   if (messages == nullptr) return fields.fail("messages", "is missing");
   if (!messages->is_array() || messages->empty()) return fields.fail("messages", "must be an array that is not empty");
@@ -253,7 +253,7 @@ WireJson model_entry(const ModelInfo& model, const std::string& name) {
 
 StatusOr<OpenAiCall> parse_chat_request(std::string_view body, int64_t json_depth_max) {
   MOED_ASSIGN_OR_RETURN(const WireJson json, parse_body(body, json_depth_max));
-  Fields fields(json);
+  BodyFields fields(json);
   OpenAiCall call;
   call.params.chat = true;
   read_messages(fields, call.params.messages_json);
@@ -274,7 +274,7 @@ StatusOr<OpenAiCall> parse_chat_request(std::string_view body, int64_t json_dept
 
 StatusOr<OpenAiCall> parse_completion_request(std::string_view body, int64_t json_depth_max) {
   MOED_ASSIGN_OR_RETURN(const WireJson json, parse_body(body, json_depth_max));
-  Fields fields(json);
+  BodyFields fields(json);
   OpenAiCall call;
   MOED_RETURN_IF_ERROR(read_prompts(fields, call.params.prompts));
   read_common(fields, call);
@@ -294,7 +294,7 @@ StatusOr<OpenAiCall> parse_completion_request(std::string_view body, int64_t jso
 
 StatusOr<TokenizeParams> parse_tokenize_request(std::string_view body, int64_t json_depth_max) {
   MOED_ASSIGN_OR_RETURN(const WireJson json, parse_body(body, json_depth_max));
-  Fields fields(json);
+  BodyFields fields(json);
   TokenizeParams params;
   fields.read("model", params.model);
   fields.read("add_special_tokens", params.add_special_tokens);
@@ -315,7 +315,7 @@ StatusOr<TokenizeParams> parse_tokenize_request(std::string_view body, int64_t j
 
 StatusOr<DetokenizeCall> parse_detokenize_request(std::string_view body, int64_t json_depth_max) {
   MOED_ASSIGN_OR_RETURN(const WireJson json, parse_body(body, json_depth_max));
-  Fields fields(json);
+  BodyFields fields(json);
   DetokenizeCall call;
   fields.read("model", call.model);
   if (fields.find("tokens") == nullptr) fields.fail("tokens", "is missing");

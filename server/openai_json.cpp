@@ -87,63 +87,63 @@ std::optional<int64_t> as_integer(const WireJson& value) {
   return std::nullopt;
 }
 
-const WireJson* Fields::find(const char* name) {
+const WireJson* BodyFields::find(const char* name) {
   known_.insert(name);
   const auto found = object_.find(name);
   return found == object_.end() || found->is_null() ? nullptr : &*found;
 }
 
-void Fields::fail(const char* name, const std::string& what) {
+void BodyFields::fail(const char* name, const std::string& what) {
   if (status_.ok()) status_ = invalid_argument(path_ + name + " " + what, path_ + name);
 }
 
-void Fields::refuse(const char* name, const std::string& message) {
+void BodyFields::refuse(const char* name, const std::string& message) {
   if (!status_.ok()) return;
   status_ = Status(StatusCode::kUnimplemented, message.empty() ? path_ + name + " is not supported yet" : message,
                    path_ + name, "unsupported_parameter");
 }
 
-void Fields::read(const char* name, std::optional<double>& target) {
+void BodyFields::read(const char* name, std::optional<double>& target) {
   const WireJson* const value = find(name);
   if (value == nullptr) return;
   if (!value->is_number()) return fail(name, "must be a number");
   target = value->get<double>();
 }
 
-void Fields::read(const char* name, std::optional<int64_t>& target) {
+void BodyFields::read(const char* name, std::optional<int64_t>& target) {
   const WireJson* const value = find(name);
   if (value == nullptr) return;
   target = as_integer(*value);
   if (!target) fail(name, "must be an integer");
 }
 
-void Fields::read(const char* name, std::optional<bool>& target) {
+void BodyFields::read(const char* name, std::optional<bool>& target) {
   const WireJson* const value = find(name);
   if (value == nullptr) return;
   if (!value->is_boolean()) return fail(name, "must be true or false");
   target = value->get<bool>();
 }
 
-void Fields::read(const char* name, std::string& target) {
+void BodyFields::read(const char* name, std::string& target) {
   const WireJson* const value = find(name);
   if (value == nullptr) return;
   if (!value->is_string()) return fail(name, "must be a string");
   target = value->get<std::string>();
 }
 
-void Fields::read(const char* name, bool& target) {
+void BodyFields::read(const char* name, bool& target) {
   std::optional<bool> value;
   read(name, value);
   target = value.value_or(target);
 }
 
-void Fields::read(const char* name, int64_t& target) {
+void BodyFields::read(const char* name, int64_t& target) {
   std::optional<int64_t> value;
   read(name, value);
   target = value.value_or(target);
 }
 
-void Fields::read(const char* name, std::vector<int64_t>& target) {
+void BodyFields::read(const char* name, std::vector<int64_t>& target) {
   const WireJson* const value = find(name);
   if (value == nullptr) return;
   if (!value->is_array()) return fail(name, "must be an array of integers");
@@ -154,14 +154,14 @@ void Fields::read(const char* name, std::vector<int64_t>& target) {
   }
 }
 
-void Fields::read_object(const char* name, std::string& target) {
+void BodyFields::read_object(const char* name, std::string& target) {
   const WireJson* const value = find(name);
   if (value == nullptr) return;
   if (!value->is_object()) return fail(name, "must be an object");
   target = dump_json(*value);
 }
 
-std::vector<std::string> Fields::unknown() const {
+std::vector<std::string> BodyFields::unknown() const {
   std::vector<std::string> names;
   for (const auto& [name, value] : object_.items()) {
     if (names.size() == kUnknownMax) break;

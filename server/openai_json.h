@@ -24,10 +24,10 @@ std::string dump_json(const WireJson& json);
 
 // Reads the fields of a JSON object by name and type. null counts as absent. Keeps the first error, and which fields
 // were asked for.
-class Fields {
+class BodyFields {
  public:
   // `path` goes before the names in errors: "stream_options." or empty.
-  explicit Fields(const WireJson& object, std::string path = {}) : object_(object), path_(std::move(path)) {}
+  explicit BodyFields(const WireJson& object, std::string path = {}) : object_(object), path_(std::move(path)) {}
 
   // Null when absent.
   const WireJson* find(const char* name);
@@ -47,7 +47,7 @@ class Fields {
   void ignore(const char* name) { (void)find(name); }
 
   const Status& status() const { return status_; }
-  // Fields nobody asked for: escaped, at most 16.
+  // BodyFields nobody asked for: escaped, at most 16.
   std::vector<std::string> unknown() const;
 
  private:
