@@ -96,13 +96,13 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   spdlog::info("memory: {}", budget.describe());
 
   const int64_t total = budget.dense_weight_bytes + budget.expert_weight_bytes;
-  MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, [&](int64_t bytes) {
-                          progress(std::min(bytes, total), total);
-                        }));
-  const int64_t dense = budget.dense_weight_bytes;
-  MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, [&](int64_t bytes) {
-                          progress(std::min(dense + bytes, total), total);
-                        }));
+  int64_t loaded = 0;
+  const auto advance = [&](int64_t bytes) {
+    loaded += bytes;
+    progress(std::min(loaded, total), total);
+  };
+  MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, advance));
+  MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, advance));
 
   EngineConfig config;
   config.rows_max = limits.pass_rows_max;

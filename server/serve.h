@@ -1,5 +1,8 @@
 #pragma once
 
+#include <span>
+#include <string>
+
 #include "server/backend.h"
 #include "server/settings.h"
 
