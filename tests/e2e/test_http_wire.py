@@ -1,0 +1,263 @@
+"""The HTTP door as clients meet it, over the fake engine: the official openai client and bare sockets."""
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import openai
+import pytest
+import requests
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+ASCII = list(range(97, 123))  # tokens a to z
+
+
+@pytest.fixture
+def client(fake):
+    with openai.OpenAI(base_url=fake.url + "/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def metric(daemon, name):
+    text = requests.get(daemon.url + "/metrics", timeout=10).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith((name + "{", name + " ")))
+
+
+def eventually(holds, seconds=10):
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def idle(daemon):
+    return metric(daemon, "vllm:num_requests_running") == 0 and metric(daemon, "vllm:num_requests_waiting") == 0
+
+
+def test_chat_streamed_equals_plain(client):
+    options = dict(model="tiny", messages=MESSAGES, max_tokens=40, temperature=0, seed=1, extra_body={"ignore_eos": True})
+    plain = client.chat.completions.create(**options)
+    assert plain.object == "chat.completion" and plain.model == "tiny"
+    assert plain.choices[0].message.role == "assistant" and plain.choices[0].finish_reason == "length"
+    assert plain.usage.completion_tokens == 40
+    assert plain.usage.total_tokens == plain.usage.prompt_tokens + 40
+
+    chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == plain.choices[0].message.content
+    assert len({(c.id, c.created, c.model) for c in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[0].choices[0].delta.content == ""
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 40
+    assert all(c.usage is None for c in chunks[:-1])
+    assert all(c.choices[0].delta.content for c in chunks[1:-2]), "no empty pieces"
+
+
+def test_choices_of_a_stream(client):
+    texts, finishes = {}, {}
+    stream = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, max_tokens=10, seed=5, stream=True,
+                                            extra_body={"ignore_eos": True, "allowed_token_ids": ASCII})
+    for chunk in stream:
+        choice = chunk.choices[0]
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        finishes[choice.index] = choice.finish_reason or finishes.get(choice.index)
+    assert sorted(texts) == [0, 1, 2] and all(len(text) == 10 for text in texts.values())
+    assert len(set(texts.values())) == 3, "each choice has a seed of its own"
+    assert finishes == {0: "length", 1: "length", 2: "length"}
+
+
+def test_completions_prompts_and_logprobs(client):
+    answer = client.completions.create(model="tiny", prompt=["hello", "abc"], n=2, max_tokens=4, logprobs=2, seed=3,
+                                       extra_body={"ignore_eos": True, "allowed_token_ids": ASCII})
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice in answer.choices:
+        scores = choice.logprobs
+        assert "".join(scores.tokens) == choice.text
+        assert scores.text_offset == [0, 1, 2, 3]
+        for token, score, top in zip(scores.tokens, scores.token_logprobs, scores.top_logprobs):
+            assert top[token] == score
+    by_ids = client.completions.create(model="tiny", prompt=[97, 98, 99], max_tokens=4, temperature=0)
+    by_text = client.completions.create(model="tiny", prompt="abc", max_tokens=4, temperature=0)
+    assert by_ids.choices[0].text == by_text.choices[0].text and by_ids.usage.prompt_tokens == 3
+
+
+def test_echo_scores_the_prompt(client):
+    answer = client.completions.create(model="tiny", prompt="abc", max_tokens=0, echo=True, logprobs=1)
+    choice = answer.choices[0]
+    assert choice.text == "abc" and choice.finish_reason == "length"
+    assert choice.logprobs.tokens == ["a", "b", "c"]
+    assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
+    assert all(score <= 0 for score in choice.logprobs.token_logprobs[1:])
+    longer = client.completions.create(model="tiny", prompt="abc", max_tokens=2, echo=True)
+    assert longer.choices[0].text.startswith("abc")
+
+
+def test_chat_logprobs(client):
+    answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5, logprobs=True, top_logprobs=2,
+                                            extra_body={"ignore_eos": True, "allowed_token_ids": ASCII})
+    content = answer.choices[0].logprobs.content
+    assert len(content) == 5
+    assert bytes(b for entry in content for b in entry.bytes).decode() == answer.choices[0].message.content
+
+
+def test_stop_strings_split_anywhere(client):
+    """Whatever the answer is: cutting it at any of its substrings gives what comes before the first one."""
+    options = dict(model="tiny", messages=MESSAGES, max_tokens=24, temperature=0, extra_body={"allowed_token_ids": ASCII})
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    for begin in range(0, 20, 3):
+        stop = whole[begin:begin + 4]
+        cut = whole[:whole.index(stop)]
+        plain = client.chat.completions.create(**options, stop=[stop, "0"])
+        assert plain.choices[0].message.content == cut and plain.choices[0].finish_reason == "stop"
+        chunks = list(client.chat.completions.create(**options, stop=stop, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == cut
+
+
+def test_models(client, fake):
+    listed = client.models.list().data
+    assert [model.id for model in listed] == ["tiny"] and listed[0].max_model_len == 1024
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("org/other")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("temperature", -1), ("temperature", "hot"), ("top_p", 0), ("top_p", 1.5), ("n", 0), ("n", 100000), ("max_tokens", 0),
+    ("presence_penalty", 3), ("frequency_penalty", -3), ("logit_bias", {"99999": 1}), ("logit_bias", {"a": 1}),
+    ("top_k", -5), ("min_p", 2), ("repetition_penalty", 0), ("stop", [""]), ("stop", ["x"] * 100),
+    ("stop_token_ids", [-1]), ("allowed_token_ids", []), ("tools", [{"type": "function"}]),
+    ("response_format", {"type": "json_object"}), ("chat_template", "x"), ("messages", []), ("messages", "hi"),
+    ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("stream", "yes"), ("seed", 1.5),
+])
+def test_bad_fields_are_named(fake, field, value):
+    answer = requests.post(fake.url + "/v1/chat/completions", json={"messages": MESSAGES, field: value}, timeout=10)
+    error = answer.json()["error"]
+    assert answer.status_code == 400, answer.text
+    assert error["param"].startswith(field) and field in error["message"] and isinstance(error["code"], str)
+
+
+def test_error_classes(client):
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(model="other", messages=MESSAGES)
+    assert caught.value.code == "model_not_found" and "tiny" in caught.value.message
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model="tiny", prompt="x" * 5000)
+    assert caught.value.code == "context_length_exceeded"
+    assert "This model's maximum context length is 1024 tokens" in caught.value.message
+    assert "xxx" not in caught.value.message
+
+
+def test_keys(start_fake, tmp_path, moed_pb):
+    file = tmp_path / "keys"
+    file.write_text("first\nsecond\n")
+    daemon = start_fake("--api-key-file", str(file))
+    for key, allowed in [("first", True), ("second", True), ("third", False)]:
+        client = openai.OpenAI(base_url=daemon.url + "/v1", api_key=key, max_retries=0)
+        if allowed:
+            assert client.models.list().data
+        else:
+            with pytest.raises(openai.AuthenticationError):
+                client.chat.completions.create(model="tiny", messages=MESSAGES)
+    for path in ("/live", "/health", "/ready"):
+        assert requests.get(daemon.url + path, timeout=10).status_code == 200
+    assert requests.get(daemon.url + "/metrics", timeout=10).status_code == 401
+
+
+def test_a_client_that_leaves_frees_its_place(start_fake):
+    daemon = start_fake(FAKE_LAYER_US="5000")
+    for stream in (True, False):
+        connection = http.client.HTTPConnection("127.0.0.1", daemon.http_port)
+        body = {"messages": MESSAGES, "max_tokens": 900, "stream": stream, "ignore_eos": True}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+        assert eventually(lambda: metric(daemon, "vllm:num_requests_running") == 1)
+        connection.sock.close() if not stream else connection.close()
+        connection.close()
+        assert eventually(lambda: idle(daemon)), f"stream={stream}"
+
+
+def test_many_at_once_answer_as_alone(fake):
+    client = openai.OpenAI(base_url=fake.url + "/v1", api_key="none", max_retries=0)
+    prompts = [f"prompt {i} " * (i + 1) for i in range(16)]
+
+    def ask(prompt):
+        return client.completions.create(model="tiny", prompt=prompt, max_tokens=20, temperature=0).choices[0].text
+
+    alone = [ask(prompt) for prompt in prompts]
+    together = [None] * len(prompts)
+
+    def run(i):
+        together[i] = ask(prompts[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert together == alone
+
+
+def test_full_queue_is_429(start_fake):
+    daemon = start_fake("--sequences-max", "1", "--queue-max", "1", FAKE_LAYER_US="20000")
+    body = {"messages": MESSAGES, "max_tokens": 200, "ignore_eos": True, "stream": True}
+    held = [requests.post(daemon.url + "/v1/chat/completions", json=body, stream=True, timeout=30) for _ in range(2)]
+    assert [answer.status_code for answer in held] == [200, 200]
+    refused = requests.post(daemon.url + "/v1/chat/completions", json=body, timeout=10)
+    assert refused.status_code == 429 and refused.headers["Retry-After"] and refused.json()["error"]["code"]
+    for answer in held:
+        answer.close()
+    assert eventually(lambda: idle(daemon))
+    assert requests.post(daemon.url + "/v1/chat/completions", json=body | {"max_tokens": 1}, timeout=30).status_code == 200
+
+
+def test_bad_http_and_the_daemon_goes_on(fake):
+    def raw(request):
+        with socket.create_connection(("127.0.0.1", fake.http_port), timeout=10) as connection:
+            connection.sendall(request)
+            return connection.recv(65536).split(b"\r\n")[0]
+
+    assert b" 400 " in raw(b"nonsense\r\n\r\n")
+    assert b" 404 " in raw(b"GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 405 " in raw(b"DELETE /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert b" 415 " in raw(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: text/plain\r\nContent-Length: 2\r\n\r\n{}")
+    assert b" 413 " in raw(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                           b"Content-Length: 99999999999\r\n\r\n")
+    assert b" 431 " in raw(b"GET /live HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 60000 + b"\r\n\r\n")
+    for body in ("{", "[]", "null", '{"messages": [{"role": "user", "content": "\xff"}]}', "[" * 100000, '{"temperature": NaN}'):
+        answer = requests.post(fake.url + "/v1/chat/completions", data=body.encode("latin-1"), timeout=10,
+                               headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, body[:40]
+    assert requests.get(fake.url + "/live", timeout=10).status_code == 200
+
+
+def test_routes_for_probes_and_people(fake):
+    info = requests.get(fake.url + "/info", timeout=10).json()
+    assert "limits" in json.dumps(info)
+    assert requests.get(fake.url + "/ready", timeout=10).json()["status"] == "ready"
+    for name in ("vllm:num_requests_running", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"):
+        assert name in requests.get(fake.url + "/metrics", timeout=10).text
+
+
+def test_tokenize_and_back(fake):
+    answer = requests.post(fake.url + "/tokenize", json={"prompt": "hello abc"}, timeout=10).json()
+    assert answer["tokens"] == [260, 32, 97, 98, 99] and answer["count"] == 5 and answer["max_model_len"] == 1024
+    back = requests.post(fake.url + "/detokenize", json={"tokens": answer["tokens"]}, timeout=10).json()
+    assert back["prompt"] == "hello abc"
+
+
+def test_drain_lets_streams_end(start_fake):
+    daemon = start_fake("--drain-seconds", "20", FAKE_LAYER_US="5000")
+    client = openai.OpenAI(base_url=daemon.url + "/v1", api_key="none", max_retries=0)
+    stream = client.completions.create(model="tiny", prompt="abc", max_tokens=60, stream=True, extra_body={"ignore_eos": True})
+    chunks = [next(iter(stream))]
+    daemon.process.terminate()
+    daemon.wait_log("draining")
+    assert requests.get(daemon.url + "/ready", timeout=10).status_code == 503
+    with pytest.raises(openai.InternalServerError):
+        client.completions.create(model="tiny", prompt="abc")
+    chunks += list(stream)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert daemon.process.wait(30) == 0
