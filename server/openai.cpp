@@ -12,7 +12,7 @@ bool is_empty(const WireJson& value) {
   return value.is_string() ? value.get_ref<const std::string&>().empty() : value.is_structured() && value.empty();
 }
 
-// BodyFields that would change the answer and are not served: anything but absence (or emptiness) is refused.
+// Fields that would change the answer and are not served: anything but absence (or emptiness) is refused.
 void refuse_present(BodyFields& fields, std::initializer_list<const char*> names) {
   for (const char* const name : names) {
     const WireJson* const value = fields.find(name);

@@ -47,7 +47,7 @@ class BodyFields {
   void ignore(const char* name) { (void)find(name); }
 
   const Status& status() const { return status_; }
-  // BodyFields nobody asked for: escaped, at most 16.
+  // Fields nobody asked for: escaped, at most 16.
   std::vector<std::string> unknown() const;
 
  private:
