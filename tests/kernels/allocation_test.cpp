@@ -1,0 +1,72 @@
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "tests/kernels/cases.h"
+
+namespace {
+
+std::atomic<int64_t> allocations{0};
+
+}  // namespace
+
+// Counts what this binary takes from the heap.
+void* operator new(size_t bytes) {
+  allocations.fetch_add(1);
+  if (void* data = std::malloc(bytes)) return data;
+  throw std::bad_alloc();
+}
+void operator delete(void* data) noexcept { std::free(data); }
+void operator delete(void* data, size_t) noexcept { std::free(data); }
+
+namespace moed {
+namespace {
+
+TEST(Allocation, OpsTakeNothingAfterReserve) {
+  auto device = open_device("cpu", {.num_threads = 2, .deterministic = true, .isa = ""}).value();
+  const auto stream = device->make_stream();
+  Ops& ops = device->ops();
+  ASSERT_TRUE(ops.reserve(cases::limits_for(100)).ok());
+  cases::Random random(1);
+  const std::vector<Bf16> x = random.bf16s(100 * 64);
+  const std::vector<Bf16> w = random.bf16s(64 * 192);
+  std::vector<float> y(100 * 192);
+  std::vector<Bf16> scratch(100 * 64);
+  std::vector<int32_t> pairs(100);
+  for (int32_t i = 0; i < 100; ++i) pairs[i] = i;
+  const ExpertWork work = {{reinterpret_cast<const std::byte*>(w.data()), {BlobFormat::kBf16, 64, 64}}, pairs};
+  ExpertFfn ffn;
+  ffn.x = Matrix<const Bf16>(x.data(), 100, 64);
+  ffn.works = {&work, 1};
+  ffn.scratch = Matrix<Bf16>(scratch.data(), 100, 64);
+  ffn.y = Matrix<float>(y.data(), 100, 64);
+  const cases::PagedKv kv = cases::make_kv({4, 2, 16, {{900, 1}, {0, 99}}}, 2);
+  const AttentionSpan spans[] = {{0, 1, 900, kv.blocks[0].data()}, {1, 99, 0, kv.blocks[1].data()}};
+  Attention attention;
+  attention.q = ffn.x;
+  attention.num_heads = 4;
+  attention.kv = kv.layer;
+  attention.spans = spans;
+  attention.scale = 0.25F;
+  attention.out = ffn.scratch;
+  std::vector<int32_t> experts(100 * 2);
+  std::vector<float> weights(100 * 2);
+  Route route;
+  route.x = ffn.x;
+  route.gate = {w.data(), nullptr, 64, 8};
+  route.top_k = 2;
+  route.experts = Matrix<int32_t>(experts.data(), 100, 2);
+  route.weights = Matrix<float>(weights.data(), 100, 2);
+
+  const int64_t before = allocations.load();
+  ops.linear({x.data(), 100, 64}, {w.data(), nullptr, 64, 192}, false, {y.data(), 100, 192}, *stream);
+  ops.expert_ffn(ffn, *stream);
+  ops.attention(attention, *stream);
+  ops.route(route, *stream);
+  EXPECT_EQ(allocations.load(), before);
+}
+
+}  // namespace
+}  // namespace moed
