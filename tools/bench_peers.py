@@ -211,7 +211,7 @@ def run_case(server, case, rng):
 def start_servers(args, folder):
     moed_port, llama_port = free_port(), free_port()
     moed = [args.moed, 'serve', '--model', args.demo, '--http-port', moed_port, '--grpc-port', 0, '--threads', args.threads,
-            '--no-prefix-cache', '--served-model-name', 'demo']
+            '--no-prefix-cache', '--kv-gib', 1, '--served-model-name', 'demo']
     llama = [args.llama_server, '--model', args.gguf, '--host', '127.0.0.1', '--port', llama_port, '-t', args.threads,
              '-tb', args.threads, '-np', 16, '-c', 16 * 1024, '-cb', '--no-cache-prompt', '--cache-ram', 0, '--no-ui']
     servers = [Server('moed', list(map(str, moed)), moed_port, folder)]
