@@ -16,10 +16,9 @@ RUN cmake --preset release -DBUILD_TESTING=OFF --log-level=WARNING \
 FROM ${BASE}
 COPY tools/install_deps.sh /tmp/tools/
 RUN /tmp/tools/install_deps.sh runtime && rm -rf /tmp/tools /tmp/build /var/lib/apt/lists/* \
- && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moed
+ && mkdir /models && useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin moed
 COPY --from=build /moed /usr/local/bin/moed
 USER 10001
-VOLUME /models
 EXPOSE 8000 50051
 STOPSIGNAL SIGTERM
 # A big checkpoint loads for minutes: until it has, a failing check does not count.
