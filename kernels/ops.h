@@ -145,7 +145,8 @@ struct OpLimits {
 
 // The kernels of a device. Each call enqueues on `stream`; on the host device it has run when it returns. Pointers are what
 // the device can read; row tables (positions, slots, spans, pairs) lie in kMapped memory. Nothing allocates after reserve(), but
-// for what a library keeps of a weight shape when it first meets it with many rows. Sums in fp32, inputs of products in bf16. Serving thread only.
+// for what a library keeps of a weight shape when it first meets it with many rows. Sums in fp32, inputs of
+// products in bf16. Serving thread only.
 class Ops {
  public:
   virtual ~Ops() = default;
