@@ -110,7 +110,7 @@ class CalledTask : public HttpTask {
   std::shared_ptr<Result> result_;
 };
 
-// A chat or completion, streamed or not. One log line at its end, without a word of the prompt or the answer.
+// A chat or completion, streamed or not.
 class GenerationTask : public HttpTask {
  public:
   GenerationTask(OpenAiCall call, AnswerHead head, std::string request_id)
@@ -148,7 +148,7 @@ class GenerationTask : public HttpTask {
 
 GenerationTask::~GenerationTask() {
   const Usage usage = generation_->usage();
-  spdlog::info("request id={} path={} stream={} status={} outcome={} prompt_tokens={} completion_tokens={} ms={}", id_,
+  spdlog::debug("request id={} path={} stream={} status={} outcome={} prompt_tokens={} completion_tokens={} ms={}", id_,
                call_.params.chat ? "/v1/chat/completions" : "/v1/completions", call_.stream, status_code_, outcome_,
                usage.prompt_tokens, usage.completion_tokens, (now_us() - begin_us_) / 1000);
 }

@@ -60,6 +60,7 @@ void ServingLoop::run() {
   while (!stop_.load(std::memory_order_acquire)) {
     at_boundary();
     if (scheduler_.idle()) {
+      publish_stats();  // a cancel may have emptied it between passes
       if (auto submission = channel_.receive_for(kIdleWait)) admit(std::move(*submission));
       continue;
     }

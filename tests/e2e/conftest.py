@@ -97,6 +97,7 @@ def byte_characters():
 def write_tiny_model(folder):
     """A checkpoint without weights: one token a byte (id = byte), then <eos> (256) and words that merges make."""
     vocabulary = {character: byte for byte, character in byte_characters().items()}
+    vocabulary["<eos>"] = 256
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")]
     special = {"id": 256, "content": "<eos>", "single_word": False, "lstrip": False, "rstrip": False,
                "normalized": False, "special": True}

@@ -21,7 +21,7 @@ def stub(channel, moed_pb):
 
 def chat(pb, **sampling):
     return pb.ChatCompletionRequest(messages=[pb.ChatMessage(role="user", content="hello")],
-                                    sampling=pb.SamplingOptions(ignore_eos=True, temperature=0, **sampling))
+                                    sampling=pb.SamplingOptions(ignore_eos=True, temperature=0, seed=1, **sampling))
 
 
 def test_streamed_chat_equals_unary(stub, moed_pb):
@@ -36,7 +36,7 @@ def test_streamed_chat_equals_unary(stub, moed_pb):
 
 def test_generate_from_text_and_ids(stub, moed_pb):
     pb = moed_pb[0]
-    options = pb.SamplingOptions(max_tokens=8, temperature=0, ignore_eos=True, logprobs=1)
+    options = pb.SamplingOptions(max_tokens=8, temperature=0, seed=1, ignore_eos=True, logprobs=1)
     by_text = list(stub.Generate(pb.GenerateRequest(text="abc", sampling=options), timeout=30))
     by_ids = list(stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[97, 98, 99]), sampling=options), timeout=30))
     ids = [token for piece in by_text for token in piece.token_ids]
