@@ -24,8 +24,12 @@ using Json = nlohmann::ordered_json;
 constexpr int kTextThreads = 2;
 // A pass that has not reached a layer boundary for so long hangs.
 constexpr int64_t kHeartbeatMaxUs = 60'000'000;
+// Between two lines of the log about loading.
+constexpr int64_t kProgressUs = 2'000'000;
 // Events that a door may leave unread before its request is dropped.
 constexpr size_t kEventsMax = 16'384;
+
+double gib(int64_t bytes) { return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30); }
 
 std::string folder_name(const std::string& path) {
   const std::filesystem::path normal = std::filesystem::path(path).lexically_normal();
@@ -115,9 +119,13 @@ Status Daemon::load(const BackendFactory& factory) {
   auto loaded = std::make_unique<Loaded>();
   MOED_ASSIGN_OR_RETURN(loaded->model, load_model_config(settings_.model.path));
   MOED_RETURN_IF_ERROR(load_text(*loaded));
-  MOED_ASSIGN_OR_RETURN(loaded->backend, factory(settings_, loaded->model, [this](int64_t bytes, int64_t total) {
+  MOED_ASSIGN_OR_RETURN(loaded->backend,
+                        factory(settings_, loaded->model, [this, said_us = now_us()](int64_t bytes, int64_t total) mutable {
                           loaded_bytes_ = bytes;
                           total_bytes_ = total;
+                          if (now_us() - said_us < kProgressUs) return;
+                          said_us = now_us();
+                          spdlog::info("loading: {:.1f} of {:.1f} GiB", gib(bytes), gib(total));
                         }));
   const MemoryBudget& budget = loaded->backend->budget();
 
