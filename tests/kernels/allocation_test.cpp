@@ -12,14 +12,15 @@ std::atomic<int64_t> allocations{0};
 
 }  // namespace
 
-// Counts what this binary takes from the heap.
-void* operator new(size_t bytes) {
+// Counts what this binary takes from the heap. Not inlined: GCC would see a free() of what its own operator new
+// returned.
+[[gnu::noinline]] void* operator new(size_t bytes) {
   allocations.fetch_add(1);
   if (void* data = std::malloc(bytes)) return data;
   throw std::bad_alloc();
 }
-void operator delete(void* data) noexcept { std::free(data); }
-void operator delete(void* data, size_t) noexcept { std::free(data); }
+[[gnu::noinline]] void operator delete(void* data) noexcept { std::free(data); }
+[[gnu::noinline]] void operator delete(void* data, size_t) noexcept { std::free(data); }
 
 namespace moed {
 namespace {
