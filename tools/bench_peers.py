@@ -73,8 +73,9 @@ def write_gguf(demo, path):
     checkpoint = Checkpoint(demo / 'model.safetensors')
     partial = path.with_suffix('.partial')
     writer = gguf.GGUFWriter(partial, 'llama')
-    for add, value in (('name', 'demo'), ('context_length', 8192), ('embedding_length', HIDDEN), ('block_count', LAYERS),
-                       ('feed_forward_length', INTERMEDIATE), ('head_count', HEADS), ('head_count_kv', KV_HEADS),
+    for add, value in (('name', 'demo'), ('context_length', 8192), ('embedding_length', HIDDEN),
+                       ('block_count', LAYERS), ('feed_forward_length', INTERMEDIATE), ('head_count', HEADS),
+                       ('head_count_kv', KV_HEADS),
                        ('rope_dimension_count', 64), ('rope_freq_base', 100000.0), ('layer_norm_rms_eps', 1e-5),
                        ('expert_count', EXPERTS), ('expert_used_count', TOP_K), ('vocab_size', VOCAB)):
         getattr(writer, 'add_' + add)(value)
@@ -193,8 +194,9 @@ def run_case(server, case, rng):
     """Tokens per second: prompt tokens up to the first new one, or new tokens after the first."""
     clients, prompt_tokens, new_tokens = CASES[case]
     results = [{} for _ in range(clients)]
-    threads = [threading.Thread(target=complete, args=(server, [rng.randrange(100, VOCAB) for _ in range(prompt_tokens)],
-                                                       new_tokens, result)) for result in results]
+    prompts = [[rng.randrange(100, VOCAB) for _ in range(prompt_tokens)] for _ in results]
+    threads = [threading.Thread(target=complete, args=(server, prompt, new_tokens, result))
+               for prompt, result in zip(prompts, results)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -210,8 +212,8 @@ def run_case(server, case, rng):
 
 def start_servers(args, folder):
     moed_port, llama_port = free_port(), free_port()
-    moed = [args.moed, 'serve', '--model', args.demo, '--http-port', moed_port, '--grpc-port', 0, '--threads', args.threads,
-            '--no-prefix-cache', '--kv-gib', 1, '--served-model-name', 'demo']
+    moed = [args.moed, 'serve', '--model', args.demo, '--http-port', moed_port, '--grpc-port', 0, '--threads',
+            args.threads, '--no-prefix-cache', '--kv-gib', 1, '--served-model-name', 'demo']
     llama = [args.llama_server, '--model', args.gguf, '--host', '127.0.0.1', '--port', llama_port, '-t', args.threads,
              '-tb', args.threads, '-np', 16, '-c', 16 * 1024, '-cb', '--no-cache-prompt', '--cache-ram', 0, '--no-ui']
     servers = [Server('moed', list(map(str, moed)), moed_port, folder)]
@@ -246,13 +248,14 @@ def measure(args, servers):
 
 
 def report(args, rates):
-    print(f'demo, bf16, {args.threads} threads, medians of {args.rounds} rounds, tokens/s over HTTP (lowest to highest)')
+    print(f'demo, bf16, {args.threads} threads, medians of {args.rounds} rounds, tokens/s over HTTP (lowest, highest)')
     worst, out = float('inf'), {'threads': args.threads, 'rounds': args.rounds, 'cases': {}}
     for case, by_server in rates.items():
         median = {name: statistics.median(values) for name, values in by_server.items()}
         ratio = median['moed'] / median['llama.cpp']
         worst = min(worst, ratio)
-        spread = {name: f'{median[name]:7.1f} ({min(values):.1f} to {max(values):.1f})' for name, values in by_server.items()}
+        spread = {name: f'{median[name]:7.1f} ({min(values):.1f}, {max(values):.1f})'
+                  for name, values in by_server.items()}
         print(f'{case:20} moed {spread["moed"]:28} llama.cpp {spread["llama.cpp"]:28} ratio {ratio:.2f}')
         out['cases'][case] = {'ratio': ratio, 'median': median, 'rounds': by_server}
     if args.json:

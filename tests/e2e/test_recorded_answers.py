@@ -1,4 +1,4 @@
-"""The demo model's answers against transformers' (tests/golden/demo_greedy.json), and its noise-free variant against its oracle."""
+"""The demo's answers against transformers' (tests/golden/demo_greedy.json); the noise-free variant and its oracle."""
 
 import concurrent.futures
 import json
@@ -77,7 +77,7 @@ def first_logprobs(daemon):
 
 
 def test_noise_free_variant_equals_its_dense_llama(tmp_path):
-    """Equal experts whose weights add up to 1 are one expert: what remains are roundings, far below the recorded bound."""
+    """Equal experts whose weights add up to 1 are one expert: what is left is rounding, below the recorded bound."""
     found = {}
     for variant in ("noise-free", "dense"):
         folder = tmp_path / variant
