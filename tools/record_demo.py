@@ -3,8 +3,8 @@
 
 For each step it also keeps how sure the choice is against bf16 rounding, derived as tests/golden/README.md says:
 `margin` is the gap between the chosen token's logit and the most dangerous rival's, `tolerance` the bound of that gap's
-error. A greedy engine must give the same tokens up to `compared`, the first step whose margin is below its tolerance, and
-after any prefix of the recorded tokens the same next one wherever the margin is above.
+error. A greedy engine must give the same tokens up to `compared`, the first step whose margin is below its tolerance,
+and after any prefix of the recorded tokens the same next one wherever the margin is above.
 To run it: the environment of tools/make_goldens.py, and tools/make_demo.py --out models/demo before.
 """
 
