@@ -47,71 +47,72 @@ TEST(Request, AcceptsTheBoundsOfEachField) {
   EXPECT_TRUE(request.ok()) << request.status().message();
 }
 
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kInf = std::numeric_limits<float>::infinity();
+struct Case {
+  const char* param;
+  std::function<void(RequestSpec&)> spoil;
+  const char* text;  // part of the message
+};
+const Case kRefused[] = {
+    {"prompt", [](RequestSpec& s) { s.prompt.clear(); }, "empty"},
+    {"prompt", [](RequestSpec& s) { s.prompt[1] = 100; }, "token id 100; the vocabulary has 100"},
+    {"prompt", [](RequestSpec& s) { s.prompt[1] = -1; }, "token id -1"},
+    {"n", [](RequestSpec& s) { s.n = 0; }, "between 1 and 4"},
+    {"n", [](RequestSpec& s) { s.n = 5; }, "between 1 and 4, not 5"},
+    {"max_tokens", [](RequestSpec& s) { s.max_tokens = -1; }, "between 0 and 50"},
+    {"max_tokens", [](RequestSpec& s) { s.max_tokens = 51; }, "between 0 and 50, not 51"},
+    {"temperature", [](RequestSpec& s) { s.sampling.temperature = -0.1F; }, "between 0 and 2, not -0.1"},
+    {"temperature", [](RequestSpec& s) { s.sampling.temperature = kNan; }, "nan"},
+    {"temperature", [](RequestSpec& s) { s.sampling.temperature = kInf; }, "inf"},
+    {"top_p", [](RequestSpec& s) { s.sampling.top_p = 0.0F; }, "above 0"},
+    {"top_p", [](RequestSpec& s) { s.sampling.top_p = 1.5F; }, "not 1.5"},
+    {"top_p", [](RequestSpec& s) { s.sampling.top_p = kNan; }, "nan"},
+    {"min_p", [](RequestSpec& s) { s.sampling.min_p = -1.0F; }, "between 0 and 1"},
+    {"top_k", [](RequestSpec& s) { s.sampling.top_k = -2; }, "not -2"},
+    {"presence_penalty", [](RequestSpec& s) { s.sampling.presence_penalty = 2.1F; }, "between -2 and 2"},
+    {"frequency_penalty", [](RequestSpec& s) { s.sampling.frequency_penalty = kNan; }, "between -2 and 2"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 0.0F; }, "above 0"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = kInf; }, "finite"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = kNan; }, "finite"},
+    {"logprobs", [](RequestSpec& s) { s.sampling.num_logprobs = 6; }, "not 6"},
+    {"logit_bias",
+     [](RequestSpec& s) {
+       s.sampling.logit_bias = {{1, 0}, {2, 0}, {3, 0}};
+     },
+     "not 3"},
+    {"logit_bias",
+     [](RequestSpec& s) {
+       s.sampling.logit_bias = {{100, 0.0F}};
+     },
+     "token id 100"},
+    {"logit_bias",
+     [](RequestSpec& s) {
+       s.sampling.logit_bias = {{1, kNan}};
+     },
+     "nan"},
+    {"logit_bias",
+     [](RequestSpec& s) {
+       s.sampling.logit_bias = {{1, 101.0F}};
+     },
+     "between -100 and 100"},
+    {"allowed_token_ids",
+     [](RequestSpec& s) {
+       s.sampling.allowed_token_ids = {5, 100};
+     },
+     "token id 100"},
+    {"stop_token_ids",
+     [](RequestSpec& s) {
+       s.stop_token_ids = {1, 2, 3, 4};
+     },
+     "not 4"},
+    {"stop_token_ids", [](RequestSpec& s) { s.stop_token_ids = {-5}; }, "token id -5"},
+    {"min_tokens", [](RequestSpec& s) { s.sampling.min_tokens = 11; }, "max_tokens (10), not 11"},
+    {"min_tokens", [](RequestSpec& s) { s.sampling.min_tokens = -1; }, "not -1"},
+};
+
 TEST(Request, RefusesEachFieldByName) {
-  constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  struct Case {
-    const char* param;
-    std::function<void(RequestSpec&)> spoil;
-    const char* text;  // part of the message
-  };
-  const Case cases[] = {
-      {"prompt", [](RequestSpec& s) { s.prompt.clear(); }, "empty"},
-      {"prompt", [](RequestSpec& s) { s.prompt[1] = 100; }, "token id 100; the vocabulary has 100"},
-      {"prompt", [](RequestSpec& s) { s.prompt[1] = -1; }, "token id -1"},
-      {"n", [](RequestSpec& s) { s.n = 0; }, "between 1 and 4"},
-      {"n", [](RequestSpec& s) { s.n = 5; }, "between 1 and 4, not 5"},
-      {"max_tokens", [](RequestSpec& s) { s.max_tokens = -1; }, "between 0 and 50"},
-      {"max_tokens", [](RequestSpec& s) { s.max_tokens = 51; }, "between 0 and 50, not 51"},
-      {"temperature", [](RequestSpec& s) { s.sampling.temperature = -0.1F; }, "between 0 and 2, not -0.1"},
-      {"temperature", [=](RequestSpec& s) { s.sampling.temperature = kNan; }, "nan"},
-      {"temperature", [=](RequestSpec& s) { s.sampling.temperature = kInf; }, "inf"},
-      {"top_p", [](RequestSpec& s) { s.sampling.top_p = 0.0F; }, "above 0"},
-      {"top_p", [](RequestSpec& s) { s.sampling.top_p = 1.5F; }, "not 1.5"},
-      {"top_p", [=](RequestSpec& s) { s.sampling.top_p = kNan; }, "nan"},
-      {"min_p", [](RequestSpec& s) { s.sampling.min_p = -1.0F; }, "between 0 and 1"},
-      {"top_k", [](RequestSpec& s) { s.sampling.top_k = -2; }, "not -2"},
-      {"presence_penalty", [](RequestSpec& s) { s.sampling.presence_penalty = 2.1F; }, "between -2 and 2"},
-      {"frequency_penalty", [=](RequestSpec& s) { s.sampling.frequency_penalty = kNan; }, "between -2 and 2"},
-      {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 0.0F; }, "above 0"},
-      {"repetition_penalty", [=](RequestSpec& s) { s.sampling.repetition_penalty = kInf; }, "finite"},
-      {"repetition_penalty", [=](RequestSpec& s) { s.sampling.repetition_penalty = kNan; }, "finite"},
-      {"logprobs", [](RequestSpec& s) { s.sampling.num_logprobs = 6; }, "not 6"},
-      {"logit_bias",
-       [](RequestSpec& s) {
-         s.sampling.logit_bias = {{1, 0}, {2, 0}, {3, 0}};
-       },
-       "not 3"},
-      {"logit_bias",
-       [](RequestSpec& s) {
-         s.sampling.logit_bias = {{100, 0.0F}};
-       },
-       "token id 100"},
-      {"logit_bias",
-       [=](RequestSpec& s) {
-         s.sampling.logit_bias = {{1, kNan}};
-       },
-       "nan"},
-      {"logit_bias",
-       [](RequestSpec& s) {
-         s.sampling.logit_bias = {{1, 101.0F}};
-       },
-       "between -100 and 100"},
-      {"allowed_token_ids",
-       [](RequestSpec& s) {
-         s.sampling.allowed_token_ids = {5, 100};
-       },
-       "token id 100"},
-      {"stop_token_ids",
-       [](RequestSpec& s) {
-         s.stop_token_ids = {1, 2, 3, 4};
-       },
-       "not 4"},
-      {"stop_token_ids", [](RequestSpec& s) { s.stop_token_ids = {-5}; }, "token id -5"},
-      {"min_tokens", [](RequestSpec& s) { s.sampling.min_tokens = 11; }, "max_tokens (10), not 11"},
-      {"min_tokens", [](RequestSpec& s) { s.sampling.min_tokens = -1; }, "not -1"},
-  };
-  for (const Case& c : cases) {
+  for (const Case& c : kRefused) {
     RequestSpec spec = valid();
     c.spoil(spec);
     const StatusOr<Request> request = Request::make(spec, kLimits);
