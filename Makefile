@@ -39,7 +39,8 @@ demo: deps
 
 serve: build
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then .venv/bin/python tools/make_demo.py --out $(DEMO); fi
-	@exec $(MOED) serve --model '$(MODEL)' $(ARGS)
+	@if [ '$(MODEL)' = '$(DEMO)' ]; then export MOED_KV_GIB="$${MOED_KV_GIB:-1}"; fi; \
+	  exec $(MOED) serve --model '$(MODEL)' $(ARGS)
 
 test:
 	@JOBS=$(JOBS) tools/run_tests.sh

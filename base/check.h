@@ -33,7 +33,7 @@ struct CheckVoidify {
 }  // namespace moed
 
 // MOED_CHECK(slot < num_slots) << "slot " << slot;   Always on, in release builds too.
-#define MOED_CHECK(condition)                                       \
-  __builtin_expect(static_cast<bool>(condition), 1)                 \
-      ? (void)0                                                     \
+#define MOED_CHECK(condition)                       \
+  __builtin_expect(static_cast<bool>(condition), 1) \
+      ? (void)0                                     \
       : ::moed::CheckVoidify() & ::moed::CheckFailure(__FILE__, __LINE__, #condition).stream()

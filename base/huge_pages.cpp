@@ -2,12 +2,17 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <thread>
 #include <utility>
+#include <vector>
 
 namespace moed {
 namespace {
 
 constexpr int64_t kHugePageBytes = int64_t{2} << 20;
+constexpr int64_t kSmallPageBytes = 4096;
+constexpr int64_t kTouchThreadsMax = 8;
 
 }  // namespace
 
@@ -24,9 +29,26 @@ StatusOr<HugePages> HugePages::allocate(int64_t bytes) {
   const uintptr_t aligned = (address + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
   if (aligned > address) munmap(mapped, aligned - address);
   const uintptr_t tail = aligned + size;
-  if (const uintptr_t end = address + size + kHugePageBytes; end > tail) munmap(reinterpret_cast<void*>(tail), end - tail);
+  if (const uintptr_t end = address + size + kHugePageBytes; end > tail)
+    munmap(reinterpret_cast<void*>(tail), end - tail);
   madvise(reinterpret_cast<void*>(aligned), size, MADV_HUGEPAGE);
   return HugePages(reinterpret_cast<std::byte*>(aligned), size);
+}
+
+void HugePages::touch() {
+  const int64_t num_pages = size_ / kHugePageBytes;
+  const int64_t num_threads = std::clamp<int64_t>(std::thread::hardware_concurrency(), 1, kTouchThreadsMax);
+  std::vector<std::thread> threads;
+  for (int64_t thread = 0; thread < num_threads; ++thread) {
+    threads.emplace_back(
+        [this, begin = num_pages * thread / num_threads, end = num_pages * (thread + 1) / num_threads] {
+          // Every small page: where huge ones are not granted, touching one does not bring the others.
+          for (int64_t at = begin * kHugePageBytes; at < end * kHugePageBytes; at += kSmallPageBytes) {
+            const_cast<volatile std::byte*>(data_)[at] = std::byte{0};
+          }
+        });
+  }
+  for (std::thread& thread : threads) thread.join();
 }
 
 HugePages::~HugePages() {

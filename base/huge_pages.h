@@ -8,8 +8,8 @@
 
 namespace moed {
 
-// Anonymous memory on huge pages where the kernel grants them (transparent huge pages by madvise), zeroed, aligned to 2 MiB:
-// where weights and KV live. Move-only owner; usable from any thread.
+// Anonymous memory on huge pages where the kernel grants them (transparent huge pages by madvise), zeroed, aligned to 2
+// MiB: where weights and KV live. Move-only owner; usable from any thread.
 class HugePages {
  public:
   HugePages() = default;
@@ -18,6 +18,10 @@ class HugePages {
   ~HugePages();
   HugePages(HugePages&& other) noexcept;
   HugePages& operator=(HugePages&& other) noexcept;
+
+  // Right after allocate(): makes the kernel back every page now, with several threads. What is not there is noticed
+  // here, not in mid-service.
+  void touch();
 
   std::byte* data() const { return data_; }
   int64_t size() const { return size_; }

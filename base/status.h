@@ -19,8 +19,8 @@ enum class StatusCode : uint8_t {
   kUnavailable,        // loading or draining: 503
   kCancelled,          // the client left
   kDeadlineExceeded,
-  kUnimplemented,      // known, not supported
-  kInternal,           // ours
+  kUnimplemented,  // known, not supported
+  kInternal,       // ours
 };
 
 // The outcome of an operation. `message` is one sentence for the person who can mend it and names the field, file or
@@ -90,11 +90,11 @@ class [[nodiscard]] StatusOr {
 
 }  // namespace moed
 
-#define MOED_RETURN_IF_ERROR(expression)                                    \
-  do {                                                                      \
-    if (::moed::Status moed_status_ = (expression); !moed_status_.ok()) {   \
-      return moed_status_;                                                  \
-    }                                                                       \
+#define MOED_RETURN_IF_ERROR(expression)                                  \
+  do {                                                                    \
+    if (::moed::Status moed_status_ = (expression); !moed_status_.ok()) { \
+      return moed_status_;                                                \
+    }                                                                     \
   } while (false)
 
 #define MOED_CONCAT_INNER_(a, b) a##b

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstdlib>
 #include <condition_variable>
+#include <cstdlib>
 #include <fstream>
 #include <mutex>
 #include <set>
@@ -25,7 +25,8 @@
 namespace moed {
 namespace {
 
-// About 20 us of spinning: longer than the gap between two ops of a pass, shorter than anything a person would call busy waiting.
+// About 20 us of spinning: longer than the gap between two ops of a pass, shorter than anything a person would call
+// busy waiting.
 constexpr int kSpins = 2000;
 
 void relax() {
@@ -89,7 +90,9 @@ struct ThreadPool::State {
   void publish() {
     generation.fetch_add(1);
     if (sleepers.load() > 0) {
-      { std::lock_guard lock(mutex); }
+      {
+        std::lock_guard lock(mutex);
+      }
       wake.notify_all();
     }
   }
@@ -129,7 +132,8 @@ void ThreadPool::run(int64_t count, FunctionRef<void(int64_t, int)> fn) {
   state_->busy.store(static_cast<int>(state_->helpers.size()), std::memory_order_relaxed);
   state_->publish();
   state_->work(0);
-  // The others hold at most one index each: a short wait, unless the kernel took their CPU away, so yield after a while.
+  // The others hold at most one index each: a short wait, unless the kernel took their CPU away, so yield after a
+  // while.
   for (int spin = 0; state_->busy.load(std::memory_order_acquire) != 0; ++spin) {
     if (spin < kSpins) {
       relax();

@@ -8,12 +8,12 @@
 namespace moed {
 
 // Fork-join over a fixed set of pinned threads. The thread that calls run() is the first of them. Between calls the
-// others spin briefly, then sleep. Only one thread (the owner, normally the serving thread) may call run(), and fn may not
-// call it again. Never allocates after construction.
+// others spin briefly, then sleep. Only one thread (the owner, normally the serving thread) may call run(), and fn may
+// not call it again. Never allocates after construction.
 class ThreadPool {
  public:
-  // num_threads counts the caller of run(): 1 makes no thread at all. pin: bind helper i to the i-th CPU of the process's
-  // affinity mask.
+  // num_threads counts the caller of run(): 1 makes no thread at all. pin: bind helper i to the i-th CPU of the
+  // process's affinity mask.
   explicit ThreadPool(int num_threads, bool pin = true);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -27,13 +27,13 @@ class HybridEngine : public Engine {
       MOED_ASSIGN_OR_RETURN(PassBuffers buffers, PassBuffers::allocate(model_, config_, device));
       slots_.push_back(std::make_unique<PassSlot>(PassSlot{std::move(buffers), StepClock(device, *stream_)}));
     }
-    MOED_ASSIGN_OR_RETURN(KvPool kv,
-                          KvPool::make(model_, config_.kv_blocks, config_.block_tokens, config_.prefault_kv));
+    MOED_ASSIGN_OR_RETURN(KvPool kv, KvPool::make(model_, config_.kv_blocks, config_.block_tokens));
     kv_ = std::make_unique<KvPool>(std::move(kv));
     MOED_ASSIGN_OR_RETURN(Head head, Head::make(model_, weights, config_.rows_max, device, *stream_));
     head_ = std::make_unique<Head>(std::move(head));
     MOED_RETURN_IF_ERROR(fill_rope(device));
-    pipeline_ = std::make_unique<Pipeline>(model_, weights, experts, *kv_, rope_.as<float>(), device, *stream_);
+    const PipelineInputs inputs{model_, weights, experts, *kv_, rope_.as<float>()};
+    pipeline_ = std::make_unique<Pipeline>(inputs, device, *stream_);
     return {};
   }
 

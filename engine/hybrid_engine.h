@@ -15,9 +15,6 @@ struct EngineConfig {
   int32_t max_model_len = 0;    // tokens of one context: positions that the rope table covers
   int64_t kv_blocks = 0;        // of pool kHost
   int32_t block_tokens = 16;
-  // Touch the whole KV pool at start, so that nobody else can take the memory later. Off: pages come as blocks are
-  // first used. Costs 0.2 s a GiB, but seconds a GiB in virtual machines whose host has not backed their memory yet.
-  bool prefault_kv = false;
 };
 
 // The engine that runs the model. All memory is taken here: two passes' activations, the KV pool, tables. model,

@@ -5,13 +5,7 @@
 #include <utility>
 
 namespace moed {
-namespace {
-
-constexpr int64_t kPageBytes = 4096;
-
-}  // namespace
-
-StatusOr<KvPool> KvPool::make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens, bool prefault) {
+StatusOr<KvPool> KvPool::make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens) {
   if (num_blocks < 1 || num_blocks > std::numeric_limits<int32_t>::max()) {
     return invalid_argument("kv_blocks is " + std::to_string(num_blocks) + "; it must be between 1 and " +
                             std::to_string(std::numeric_limits<int32_t>::max()));
@@ -31,7 +25,7 @@ StatusOr<KvPool> KvPool::make(const ModelConfig& model, int64_t num_blocks, int3
                                                       std::to_string(layer_bytes) + " bytes cannot be addressed");
   }
   MOED_ASSIGN_OR_RETURN(pool.memory_, HugePages::allocate(num_blocks * layer_bytes));
-  for (int64_t at = 0; prefault && at < pool.memory_.size(); at += kPageBytes) pool.memory_.data()[at] = std::byte{0};
+  pool.memory_.touch();
   return pool;
 }
 

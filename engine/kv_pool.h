@@ -10,12 +10,12 @@
 namespace moed {
 
 // The paged bf16 KV of one pool, all layers: layer by layer, then block by block, K before V. Knows no sequences: who
-// holds which block is the scheduler's. Lies in host memory. Serving thread only.
+// holds which block is the scheduler's. Lies in host memory, every page of
+// it touched at the start: nothing runs out of memory later. Serving thread only.
 class KvPool {
  public:
-  // prefault: touch every page now, see EngineConfig.
   // Errors: kResourceExhausted with the bytes asked for.
-  static StatusOr<KvPool> make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens, bool prefault);
+  static StatusOr<KvPool> make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens);
 
   KvLayer layer(int32_t layer) const;
   // REQUIRES: both in [0, num_blocks()).

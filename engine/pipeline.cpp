@@ -11,15 +11,14 @@ RopeAppend::Norm rope_norm(AttentionConfig::QkNorm norm) {
 
 }  // namespace
 
-Pipeline::Pipeline(const ModelConfig& model, const DenseWeights& weights, const ExpertStore& experts, const KvPool& kv,
-                   const float* rope, Device& device, Stream& stream)
-    : model_(model),
-      weights_(weights),
-      kv_(kv),
-      rope_(rope),
+Pipeline::Pipeline(const PipelineInputs& inputs, Device& device, Stream& stream)
+    : model_(inputs.model),
+      weights_(inputs.weights),
+      kv_(inputs.kv),
+      rope_(inputs.rope),
       ops_(device.ops()),
       stream_(stream),
-      moe_(model, weights, experts, device, stream) {}
+      moe_(inputs.model, inputs.weights, inputs.experts, device, stream) {}
 
 void Pipeline::begin(RunningPass& pass) {
   pass.clock().mark(Lane::kIdle);

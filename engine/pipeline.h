@@ -11,14 +11,22 @@
 
 namespace moed {
 
+// What a forward pass reads. All of it outlives the pipeline.
+struct PipelineInputs {
+  const ModelConfig& model;
+  const DenseWeights& weights;
+  const ExpertStore& experts;
+  const KvPool& kv;
+  const float* rope;  // [max_model_len, rotary_dim], see RopeAppend
+};
+
 // The one forward pass. Carries a pass's rows through a layer at a time, each half in turn: what begins the next layer
 // is done at the end of this one, so that a half's attention may go on while the other half's products run. Serving
 // thread only.
 class Pipeline {
  public:
-  // rope: [max_model_len, rotary_dim], see RopeAppend. All arguments outlive the pipeline.
-  Pipeline(const ModelConfig& model, const DenseWeights& weights, const ExpertStore& experts, const KvPool& kv,
-           const float* rope, Device& device, Stream& stream);
+  // device and stream outlive the pipeline.
+  Pipeline(const PipelineInputs& inputs, Device& device, Stream& stream);
 
   // Embeds the rows and starts layer 0.
   void begin(RunningPass& pass);

@@ -21,8 +21,8 @@ struct BlobShape {
   friend bool operator==(const BlobShape&, const BlobShape&) = default;
 };
 
-// One expert (or a dense or shared FFN, which differ from an expert in nothing) as one contiguous run of bytes, the same for
-// CPU kernels, DMA and GPU. Does not own. In device memory `data` may not be dereferenced by the host.
+// One expert (or a dense or shared FFN, which differ from an expert in nothing) as one contiguous run of bytes, the
+// same for CPU kernels, DMA and GPU. Does not own. In device memory `data` may not be dereferenced by the host.
 struct BlobView {
   const std::byte* data = nullptr;
   BlobShape shape;

@@ -13,9 +13,9 @@ namespace moed {
 class Device;
 class Ops;
 
-// Where a buffer lies. kDevice: the device's own memory. kPinned: host memory that DMA reads and writes. kMapped: host memory
-// that kernels read and write in place (small things: row tables, flags, activations that cross). The host device knows no
-// difference.
+// Where a buffer lies. kDevice: the device's own memory. kPinned: host memory that DMA reads and writes. kMapped: host
+// memory that kernels read and write in place (small things: row tables, flags, activations that cross). The host
+// device knows no difference.
 enum class Memory : uint8_t { kDevice, kPinned, kMapped };
 
 // Owns memory of a device. Move-only; must die before its device.
@@ -31,7 +31,8 @@ class Buffer {
     return *this;
   }
 
-  // An address that ops and copies take; the host may dereference it unless the memory is kDevice of another device than the host.
+  // An address that ops and copies take; the host may dereference it unless the memory is kDevice of another device
+  // than the host.
   std::byte* data() const { return data_; }
   int64_t size() const { return size_; }
   Memory memory() const { return memory_; }
@@ -74,7 +75,8 @@ class Stream {
   virtual void wait(const Event& event) = 0;
 };
 
-// A place that computes: its memory, its streams, its kernels. Serving thread only, but for allocate(), which belongs to start-up.
+// A place that computes: its memory, its streams, its kernels. Serving thread only, but for allocate(), which belongs
+// to start-up.
 class Device {
  public:
   virtual ~Device() = default;

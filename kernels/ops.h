@@ -48,7 +48,9 @@ struct KvLayer {
   Bf16* k(int32_t block, int32_t head) const {
     return base + block * block_stride + int64_t{head} * block_tokens * head_dim;
   }
-  Bf16* v(int32_t block, int32_t head) const { return k(block, head) + int64_t{num_kv_heads} * block_tokens * head_dim; }
+  Bf16* v(int32_t block, int32_t head) const {
+    return k(block, head) + int64_t{num_kv_heads} * block_tokens * head_dim;
+  }
 };
 
 // Splits qkv, normalises, clips, turns, and appends K and V to the cache. Order as in transformers: norm, clip, rope.
@@ -61,16 +63,16 @@ struct RopeAppend {
   const float* k_norm = nullptr;  // kPerHead: [head_dim]; kWhole: [num_kv_heads * head_dim]
   float eps = 0.0F;
   float clip = std::numeric_limits<float>::infinity();
-  const float* cos_sin = nullptr;  // [positions, rotary_dim]: rotary_dim / 2 cosines, then as many sines
-  int32_t rotary_dim = 0;          // dimension i turns with i + rotary_dim / 2 (transformers' rotate_half)
+  const float* cos_sin = nullptr;      // [positions, rotary_dim]: rotary_dim / 2 cosines, then as many sines
+  int32_t rotary_dim = 0;              // dimension i turns with i + rotary_dim / 2 (transformers' rotate_half)
   std::span<const int32_t> positions;  // [rows]
   std::span<const int64_t> slots;      // [rows]: block * block_tokens + offset; negative: K and V are not kept
   KvLayer kv;
   Matrix<Bf16> q;  // [rows, num_heads * head_dim]
 };
 
-// A run of rows that belong to one sequence: rows [row_begin, row_begin + num_rows) stand at positions [num_cached, num_cached +
-// num_rows) and see all positions up to their own. `blocks` cover positions [0, num_cached + num_rows).
+// A run of rows that belong to one sequence: rows [row_begin, row_begin + num_rows) stand at positions [num_cached,
+// num_cached + num_rows) and see all positions up to their own. `blocks` cover positions [0, num_cached + num_rows).
 struct AttentionSpan {
   int32_t row_begin = 0;
   int32_t num_rows = 0;
@@ -78,8 +80,8 @@ struct AttentionSpan {
   const int32_t* blocks = nullptr;
 };
 
-// Causal grouped-query attention over paged KV; softmax in fp32. Decode and prefill rows take the same path in the same K
-// order, split at fixed positions, so that neither batching nor chunking changes a bit.
+// Causal grouped-query attention over paged KV; softmax in fp32. Decode and prefill rows take the same path in the same
+// K order, split at fixed positions, so that neither batching nor chunking changes a bit.
 struct Attention {
   Matrix<const Bf16> q;  // [rows, num_heads * head_dim]
   int32_t num_heads = 0;
@@ -89,8 +91,8 @@ struct Attention {
   Matrix<Bf16> out;  // [rows, num_heads * head_dim]
 };
 
-// logits = gate x; scores; choice of top_k, ties to the lower expert; weights. fp32. Equals transformers' Mixtral, Qwen2-MoE,
-// Qwen3-MoE and OLMoE routers, and DeepSeek-V3's when groups and correction_bias are set.
+// logits = gate x; scores; choice of top_k, ties to the lower expert; weights. fp32. Equals transformers' Mixtral,
+// Qwen2-MoE, Qwen3-MoE and OLMoE routers, and DeepSeek-V3's when groups and correction_bias are set.
 struct Route {
   enum class Score : uint8_t { kSoftmax, kSigmoid };
   Matrix<const Bf16> x;  // [rows, hidden]
@@ -143,10 +145,10 @@ struct OpLimits {
   int32_t choices = 1;
 };
 
-// The kernels of a device. Each call enqueues on `stream`; on the host device it has run when it returns. Pointers are what
-// the device can read; row tables (positions, slots, spans, pairs) lie in kMapped memory. Nothing allocates after reserve(), but
-// for what a library keeps of a weight shape when it first meets it with many rows. Sums in fp32, inputs of
-// products in bf16. Serving thread only.
+// The kernels of a device. Each call enqueues on `stream`; on the host device it has run when it returns. Pointers are
+// what the device can read; row tables (positions, slots, spans, pairs) lie in kMapped memory. Nothing allocates after
+// reserve(), but for what a library keeps of a weight shape when it first meets it with many rows. Sums in fp32, inputs
+// of products in bf16. Serving thread only.
 class Ops {
  public:
   virtual ~Ops() = default;

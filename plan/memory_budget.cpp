@@ -16,6 +16,8 @@ constexpr int64_t kProcessBytes = int64_t{384} << 20;
 // Left to the rest of the machine when KV takes what remains: the larger of these.
 constexpr int64_t kReserveBytes = int64_t{512} << 20;
 constexpr int64_t kReserveShare = 8;
+// KV by default: so many full contexts, or what is left if that is less.
+constexpr int64_t kContextsDefault = 16;
 // Logits are computed for so many rows at a time.
 constexpr int64_t kLogitRows = 64;
 // A context below this (or below the model's own) serves nobody.
@@ -138,7 +140,8 @@ StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimi
     budget.kv_blocks = static_cast<int64_t>(kv_gib * static_cast<double>(kGiB)) / block_bytes;
   } else {
     const int64_t left = machine.host_free_bytes - budget.total_bytes() - reserve;
-    budget.kv_blocks = std::clamp<int64_t>(left / block_bytes, 0, limits.sequences_max * blocks_a_context);
+    budget.kv_blocks = std::clamp<int64_t>(
+        left / block_bytes, 0, std::min<int64_t>(limits.sequences_max, kContextsDefault) * blocks_a_context);
   }
   budget.kv_bytes = budget.kv_blocks * block_bytes;
   const int64_t kv_tokens = budget.kv_blocks * limits.block_tokens;

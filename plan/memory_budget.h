@@ -15,8 +15,7 @@ struct MachineMemory {
 };
 
 struct BudgetLimits {
-  double kv_gib =
-      0.0;  // 0: what is left after everything else, minus a reserve, at most what sequences_max full contexts can use
+  double kv_gib = 0.0;  // 0: what is left after everything else, minus a reserve, at most what 16 full contexts need
   int32_t max_model_len = 0;  // 0: min(config, what KV holds)
   int32_t pass_rows_max = 0;
   int32_t sequences_max = 0;

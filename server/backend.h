@@ -26,11 +26,13 @@ class Backend {
 
 // Bytes that arrived and bytes that will; called now and then from the loading thread.
 using LoadProgress = std::function<void(int64_t loaded_bytes, int64_t total_bytes)>;
-using BackendFactory = std::function<StatusOr<std::unique_ptr<Backend>>(const Settings&, const Model&, const LoadProgress&)>;
+using BackendFactory =
+    std::function<StatusOr<std::unique_ptr<Backend>>(const Settings&, const Model&, const LoadProgress&)>;
 
-// The real one: checks the checkpoint, takes the memory that memory_budget() allows, loads the weights, opens the device. Errors are one line with
-// the arithmetic or the tensor at fault.
-StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model, const LoadProgress& progress);
+// The real one: checks the checkpoint, takes the memory that memory_budget() allows, loads the weights, opens the
+// device. Errors are one line with the arithmetic or the tensor at fault.
+StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
+                                                const LoadProgress& progress);
 
 // Host memory that this process may still take: min(MemAvailable, cgroup headroom).
 MachineMemory machine_memory();

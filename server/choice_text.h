@@ -17,18 +17,20 @@ namespace moed {
 
 struct ChoiceTextOptions {
   std::vector<std::string> stop;
-  bool include_stop = false;         // the stop string, or the stop token's text, stays in the answer
+  bool include_stop = false;  // the stop string, or the stop token's text, stays in the answer
   bool skip_special_tokens = true;
-  int32_t min_tokens = 0;            // stop strings are not looked for before
-  bool logprobs = false;             // deltas carry logprobs
+  int32_t min_tokens = 0;  // stop strings are not looked for before
+  bool logprobs = false;   // deltas carry logprobs
 };
 
 TokenText token_text(const Tokenizer& tokenizer, const ScoredToken& token, bool logprobs);
 
-// Turns one choice's token events into deltas: incremental text, stop strings, and each token travelling with its text. Door's thread only.
+// Turns one choice's token events into deltas: incremental text, stop strings, and each token travelling with its text.
+// Door's thread only.
 class ChoiceText {
  public:
-  ChoiceText(const Tokenizer& tokenizer, int32_t choice, ChoiceTextOptions options, std::span<const int32_t> prompt_tail);
+  ChoiceText(const Tokenizer& tokenizer, int32_t choice, ChoiceTextOptions options,
+             std::span<const int32_t> prompt_tail);
 
   // Adds what the event makes certain to `deltas` (at most one delta). Events after the end are ignored.
   // Returns true when a stop string ended the choice here: the scheduler does not know yet.

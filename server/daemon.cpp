@@ -49,7 +49,8 @@ std::optional<std::string> tokenizer_eos(const std::string& model_dir) {
   if (!json.is_object() || !json.contains("eos_token")) return std::nullopt;
   const Json& eos = json["eos_token"];
   if (eos.is_string()) return eos.get<std::string>();
-  if (eos.is_object() && eos.contains("content") && eos["content"].is_string()) return eos["content"].get<std::string>();
+  if (eos.is_object() && eos.contains("content") && eos["content"].is_string())
+    return eos["content"].get<std::string>();
   return std::nullopt;
 }
 
@@ -119,14 +120,15 @@ Status Daemon::load(const BackendFactory& factory) {
   auto loaded = std::make_unique<Loaded>();
   MOED_ASSIGN_OR_RETURN(loaded->model, load_model_config(settings_.model.path));
   MOED_RETURN_IF_ERROR(load_text(*loaded));
-  MOED_ASSIGN_OR_RETURN(loaded->backend,
-                        factory(settings_, loaded->model, [this, said_us = now_us()](int64_t bytes, int64_t total) mutable {
-                          loaded_bytes_ = bytes;
-                          total_bytes_ = total;
-                          if (now_us() - said_us < kProgressUs) return;
-                          said_us = now_us();
-                          spdlog::info("loading: {:.1f} of {:.1f} GiB", gib(bytes), gib(total));
-                        }));
+  MOED_ASSIGN_OR_RETURN(
+      loaded->backend,
+      factory(settings_, loaded->model, [this, said_us = now_us()](int64_t bytes, int64_t total) mutable {
+        loaded_bytes_ = bytes;
+        total_bytes_ = total;
+        if (now_us() - said_us < kProgressUs) return;
+        said_us = now_us();
+        spdlog::info("loading: {:.1f} of {:.1f} GiB", gib(bytes), gib(total));
+      }));
   const MemoryBudget& budget = loaded->backend->budget();
 
   ValidationContext& context = loaded->context;
@@ -179,25 +181,27 @@ Status Daemon::unavailable() const {
 std::shared_ptr<Generation> Daemon::start(GenerationParams params, std::function<void()> wake) {
   Loaded* loaded = loaded_.load(std::memory_order_acquire);
   const bool ready = loaded != nullptr && state_ == ServerState::kReady;
-  auto generation = std::make_shared<GenerationImpl>(params.request_id, now_us(),
-                                                     ready ? loaded->tokenizer.get() : nullptr,
-                                                     ready ? loaded->loop.get() : nullptr, std::move(wake));
+  auto generation =
+      std::make_shared<GenerationImpl>(params.request_id, now_us(), ready ? loaded->tokenizer.get() : nullptr,
+                                       ready ? loaded->loop.get() : nullptr, std::move(wake));
   Status status = ready ? check_model(params.model) : unavailable();
   if (!status.ok()) {
     generation->refuse(std::move(status));
     return generation;
   }
   // A weak pointer: a door that gave up before its turn came costs no work.
-  const bool posted = text_pool_->try_post([this, loaded, weak = std::weak_ptr(generation), params = std::move(params)] {
-    const auto alive = weak.lock();
-    if (alive == nullptr || alive->cancelled()) return;
-    auto valid = validate(params, loaded->context);
-    if (!valid.ok()) return alive->refuse(valid.status());
-    const RequestId first = next_request_.fetch_add(static_cast<RequestId>(valid->requests.size()));
-    alive->run(std::move(*valid), request_limits(loaded->context), first, kEventsMax);
-  });
+  const bool posted =
+      text_pool_->try_post([this, loaded, weak = std::weak_ptr(generation), params = std::move(params)] {
+        const auto alive = weak.lock();
+        if (alive == nullptr || alive->cancelled()) return;
+        auto valid = validate(params, loaded->context);
+        if (!valid.ok()) return alive->refuse(valid.status());
+        const RequestId first = next_request_.fetch_add(static_cast<RequestId>(valid->requests.size()));
+        alive->run(std::move(*valid), request_limits(loaded->context), first, kEventsMax);
+      });
   if (!posted) {
-    generation->refuse(Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
+    generation->refuse(
+        Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
   }
   return generation;
 }
@@ -267,8 +271,9 @@ Loads Daemon::loads() const {
   const Loaded* loaded = loaded_.load(std::memory_order_acquire);
   if (loaded == nullptr) return {};
   const SchedulerStats stats = loaded->loop->stats();
-  return {stats.num_running, stats.num_waiting,
-          stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total) : 0.0};
+  return {
+      stats.num_running, stats.num_waiting,
+      stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total) : 0.0};
 }
 
 Status Daemon::check_model(const std::string& name) const {

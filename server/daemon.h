@@ -16,8 +16,8 @@
 
 namespace moed {
 
-// The daemon behind both doors. Made empty, so that the doors can open at once; load() fills it on the main thread; requests are refused as
-// unavailable until it is done, and again from drain() on.
+// The daemon behind both doors. Made empty, so that the doors can open at once; load() fills it on the main thread;
+// requests are refused as unavailable until it is done, and again from drain() on.
 class Daemon final : public Service {
  public:
   Daemon(Settings settings, ApiKeys keys);
@@ -27,7 +27,8 @@ class Daemon final : public Service {
   Status load(const BackendFactory& factory);
   // Refuses new requests; returns when all running ones have ended, `seconds` have passed or `stop_now()` says so.
   void drain(double seconds, const std::function<bool()>& stop_now);
-  // Fails what still runs and ends the serving thread. After it only the destructor may be called by main; doors may still poll.
+  // Fails what still runs and ends the serving thread. After it only the destructor may be called by main; doors may
+  // still poll.
   void stop();
 
   std::shared_ptr<Generation> start(GenerationParams params, std::function<void()> wake) override;
@@ -66,10 +67,10 @@ class Daemon final : public Service {
   std::atomic<int64_t> loaded_bytes_{0};
   std::atomic<int64_t> total_bytes_{0};
   std::atomic<RequestId> next_request_{1};
-  std::unique_ptr<Loaded> storage_;             // main thread
-  std::atomic<Loaded*> loaded_{nullptr};        // set once, when load() is done
-  bool stopped_ = false;                        // main thread
-  std::unique_ptr<TextPool> text_pool_;         // dies before what its tasks use
+  std::unique_ptr<Loaded> storage_;       // main thread
+  std::atomic<Loaded*> loaded_{nullptr};  // set once, when load() is done
+  bool stopped_ = false;                  // main thread
+  std::unique_ptr<TextPool> text_pool_;   // dies before what its tasks use
 };
 
 }  // namespace moed

@@ -15,7 +15,8 @@
 
 namespace moed {
 
-// One call under way: prepared on the text pool, run by the serving loop, polled by its door. The tokenizer and the loop outlive it.
+// One call under way: prepared on the text pool, run by the serving loop, polled by its door. The tokenizer and the
+// loop outlive it.
 class GenerationImpl final : public Generation {
  public:
   GenerationImpl(std::string request_id, int64_t arrival_us, const Tokenizer* tokenizer, ServingLoop* loop,

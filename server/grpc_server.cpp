@@ -102,8 +102,8 @@ class Call : public std::enable_shared_from_this<Call> {
     post([this] {
       const Usage usage = generation_ ? generation_->usage() : Usage();
       spdlog::debug("request id={} grpc={} status={} prompt_tokens={} completion_tokens={} ms={}", shape_.id, method_,
-                   static_cast<int>(status_.error_code()), usage.prompt_tokens, usage.completion_tokens,
-                   (now_us() - begin_us_) / 1000);
+                    static_cast<int>(status_.error_code()), usage.prompt_tokens, usage.completion_tokens,
+                    (now_us() - begin_us_) / 1000);
       generation_.reset();
       self_.reset();
     });

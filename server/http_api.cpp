@@ -149,8 +149,8 @@ class GenerationTask : public HttpTask {
 GenerationTask::~GenerationTask() {
   const Usage usage = generation_->usage();
   spdlog::debug("request id={} path={} stream={} status={} outcome={} prompt_tokens={} completion_tokens={} ms={}", id_,
-               call_.params.chat ? "/v1/chat/completions" : "/v1/completions", call_.stream, status_code_, outcome_,
-               usage.prompt_tokens, usage.completion_tokens, (now_us() - begin_us_) / 1000);
+                call_.params.chat ? "/v1/chat/completions" : "/v1/completions", call_.stream, status_code_, outcome_,
+                usage.prompt_tokens, usage.completion_tokens, (now_us() - begin_us_) / 1000);
 }
 
 std::optional<HttpReply> GenerationTask::reply() {

@@ -15,7 +15,8 @@ namespace {
 constexpr const char* kUsage =
     "moed " MOED_VERSION
     ": serves mixture-of-experts language models\n\n"
-    "  moed serve --model DIR [--config FILE] [...]   serve a checkpoint over HTTP and gRPC; `moed serve --help` lists\n"
+    "  moed serve --model DIR [--config FILE] [...]   serve a checkpoint over HTTP and gRPC; `moed serve --help` "
+    "lists\n"
     "                                                 every setting\n"
     "  moed health [--host H] [--port N]              exit 0 when the daemon on this machine answers /health with 200\n"
     "  moed docs-config                               print docs/CONFIG.md\n"

@@ -15,11 +15,11 @@ namespace {
 using Buckets = prometheus::Histogram::BucketBoundaries;
 
 // vLLM's boundaries, seconds and tokens.
-const Buckets kFirstTokenBuckets = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08,  0.1,   0.25,  0.5,    0.75,
+const Buckets kFirstTokenBuckets = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,  0.25,  0.5,   0.75,
                                     1.0,   2.5,   5.0,  7.5,  10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0};
 const Buckets kInterTokenBuckets = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,  0.3,  0.4, 0.5,
                                     0.75, 1.0,   2.5,  5.0,   7.5, 10.0, 20.0, 40.0, 80.0};
-const Buckets kRequestBuckets = {0.3, 0.5,  0.8,  1.0,  1.5,   2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
+const Buckets kRequestBuckets = {0.3,  0.5,  0.8,  1.0,  1.5,   2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
                                  30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0};
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
 
@@ -82,10 +82,11 @@ ServerMetrics::ServerMetrics(const std::string& model_name) : state_(std::make_u
   s.prefix_queries = s.counter("vllm:prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.");
   s.prefix_hits = s.counter("vllm:prefix_cache_hits_total", "Prompt tokens found in the prefix cache.");
   s.first_token = s.histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", kFirstTokenBuckets);
-  s.inter_token = s.histogram("vllm:inter_token_latency_seconds", "Between two tokens of a choice.", kInterTokenBuckets);
-  s.time_per_output_token = s.histogram("vllm:request_time_per_output_token_seconds",
-                                        "Mean time of an output token of a request, the first left out.",
-                                        kInterTokenBuckets);
+  s.inter_token =
+      s.histogram("vllm:inter_token_latency_seconds", "Between two tokens of a choice.", kInterTokenBuckets);
+  s.time_per_output_token =
+      s.histogram("vllm:request_time_per_output_token_seconds",
+                  "Mean time of an output token of a request, the first left out.", kInterTokenBuckets);
   s.e2e = s.histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", kRequestBuckets);
   s.iteration_tokens = s.histogram("vllm:iteration_tokens_total", "Rows of a pass.", kIterationBuckets);
   auto& success = prometheus::BuildCounter()
@@ -104,8 +105,8 @@ void ServerMetrics::set_scheduler(const SchedulerStats& stats) {
   State& s = *state_;
   s.running->Set(stats.num_running);
   s.waiting->Set(stats.num_waiting);
-  s.kv_usage->Set(stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total)
-                                         : 0.0);
+  s.kv_usage->Set(
+      stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total) : 0.0);
   const auto raise = [](prometheus::Counter* counter, int64_t total) {
     const double growth = static_cast<double>(total) - counter->Value();
     if (growth > 0) counter->Increment(growth);

@@ -8,8 +8,9 @@
 
 namespace moed {
 
-// The daemon's Prometheus series: vLLM's names, labels (model_name, engine="0") and buckets, so that its dashboards work unchanged. Every series is
-// present from the start. Thread-safe; recording takes no lock that a scrape holds for long.
+// The daemon's Prometheus series: vLLM's names, labels (model_name, engine="0") and buckets, so that its dashboards
+// work unchanged. Every series is present from the start. Thread-safe; recording takes no lock that a scrape holds for
+// long.
 class ServerMetrics {
  public:
   explicit ServerMetrics(const std::string& model_name);

@@ -12,12 +12,14 @@
 
 namespace moed {
 
-// What one request's two sides share: the serving thread puts events in, the door takes them out and says when it has enough. Neither ever waits for
-// the other. A door that stops reading fills only this; past events_max the request is cancelled.
+// What one request's two sides share: the serving thread puts events in, the door takes them out and says when it has
+// enough. Neither ever waits for the other. A door that stops reading fills only this; past events_max the request is
+// cancelled.
 class RequestStream {
  public:
   // wake: called by the serving thread, outside the lock, when news comes after the door has taken everything.
-  // on_signal: called by the door's thread when cancel() or end_choice() was first called: tells the serving thread to look.
+  // on_signal: called by the door's thread when cancel() or end_choice() was first called: tells the serving thread to
+  // look.
   RequestStream(size_t events_max, std::function<void()> wake, std::function<void()> on_signal)
       : events_max_(events_max), wake_(std::move(wake)), on_signal_(std::move(on_signal)) {}
 

@@ -13,8 +13,8 @@
 
 namespace moed {
 
-// The seam between the doors (HTTP, gRPC) and the daemon: no wire types on either side. Doors fill GenerationParams from their own wire; validation,
-// template, tokens and queueing happen behind Service::start, the same for both.
+// The seam between the doors (HTTP, gRPC) and the daemon: no wire types on either side. Doors fill GenerationParams
+// from their own wire; validation, template, tokens and queueing happen behind Service::start, the same for both.
 
 struct PromptInput {
   std::string text;
@@ -22,7 +22,8 @@ struct PromptInput {
   bool is_ids = false;
 };
 
-// One call of a door, unchecked but for JSON or protobuf types. Unset fields take the model's generation_config.json, then OpenAI's default.
+// One call of a door, unchecked but for JSON or protobuf types. Unset fields take the model's generation_config.json,
+// then OpenAI's default.
 struct GenerationParams {
   bool chat = false;
   std::string request_id;  // for the log
@@ -48,15 +49,15 @@ struct GenerationParams {
   std::optional<std::vector<int64_t>> allowed_token_ids;
   std::optional<int64_t> logprobs;         // unset: none; else how many alternatives beside the chosen token
   std::optional<int64_t> prompt_logprobs;  // the same for prompt tokens; does not read the prefix cache
-  bool echo = false;                       // completions: the prompt's text (and scores, when logprobs is set) comes first
+  bool echo = false;  // completions: the prompt's text (and scores, when logprobs is set) comes first
   int64_t priority = 0;
 };
 
 // A token as clients see it.
 struct TokenText {
   int32_t token = 0;
-  std::string bytes;            // raw bytes; may be a part of a UTF-8 character
-  std::optional<float> logprob; // set when logprobs were asked for (never for a prompt's first token)
+  std::string bytes;             // raw bytes; may be a part of a UTF-8 character
+  std::optional<float> logprob;  // set when logprobs were asked for (never for a prompt's first token)
   struct Alternative {
     int32_t token = 0;
     std::string bytes;
@@ -65,16 +66,17 @@ struct TokenText {
   std::vector<Alternative> top;  // best first; holds the chosen token when it is among them
 };
 
-// What became certain of one choice since the last poll. Text that may begin a stop string is held back, its tokens with it.
+// What became certain of one choice since the last poll. Text that may begin a stop string is held back, its tokens
+// with it.
 struct Delta {
-  int32_t choice = 0;              // prompt index * n + i
-  std::string text;                // complete UTF-8
-  std::vector<TokenText> tokens;   // those whose text this is
-  int32_t num_tokens = 0;          // accepted so far for this choice, held ones included: for continuous usage
+  int32_t choice = 0;             // prompt index * n + i
+  std::string text;               // complete UTF-8
+  std::vector<TokenText> tokens;  // those whose text this is
+  int32_t num_tokens = 0;         // accepted so far for this choice, held ones included: for continuous usage
   FinishReason finish = FinishReason::kNone;  // the choice's last delta
-  std::string stop_text;           // the stop string that ended it, or empty
-  int32_t stop_token = -1;         // the stop token id that ended it, or -1
-  bool has_prompt = false;         // the first delta of a choice when echo or prompt_logprobs was asked for
+  std::string stop_text;                      // the stop string that ended it, or empty
+  int32_t stop_token = -1;                    // the stop token id that ended it, or -1
+  bool has_prompt = false;                    // the first delta of a choice when echo or prompt_logprobs was asked for
   std::string prompt_text;
   std::vector<TokenText> prompt_tokens;
 };
@@ -85,8 +87,8 @@ struct Usage {
   int64_t completion_tokens = 0;
 };
 
-// One call under way. poll(), usage() and the destructor belong to the door's own thread (one at a time); cancel() to any.
-// A Generation that dies before it is done cancels.
+// One call under way. poll(), usage() and the destructor belong to the door's own thread (one at a time); cancel() to
+// any. A Generation that dies before it is done cancels.
 class Generation {
  public:
   enum class Phase : uint8_t { kPreparing, kRefused, kRunning, kDone, kFailed };
@@ -106,7 +108,7 @@ enum class ServerState : uint8_t { kLoading, kReady, kDraining };
 
 struct Health {
   ServerState state = ServerState::kLoading;
-  bool alive = true;             // the serving thread's heartbeat is fresh
+  bool alive = true;  // the serving thread's heartbeat is fresh
   int64_t loaded_bytes = 0;
   int64_t total_bytes = 0;
 };
@@ -115,7 +117,7 @@ struct ModelInfo {
   std::vector<std::string> names;  // served names, the first is ours by default
   std::string root;                // the folder's name
   int32_t max_model_len = 0;
-  int64_t created_s = 0;           // Unix time
+  int64_t created_s = 0;  // Unix time
 };
 
 struct TokenizeParams {
@@ -143,12 +145,13 @@ struct Loads {
 class Service {
  public:
   virtual ~Service() = default;
-  // Returns at once. `wake` is called from any thread whenever poll() may have news, never while a lock is held that poll() needs; it must not block
-  // (post to a strand). It may be called once more after the Generation died.
+  // Returns at once. `wake` is called from any thread whenever poll() may have news, never while a lock is held that
+  // poll() needs; it must not block (post to a strand). It may be called once more after the Generation died.
   virtual std::shared_ptr<Generation> start(GenerationParams params, std::function<void()> wake) = 0;
   // `done` is called once, from a thread of the text pool.
   virtual void tokenize(TokenizeParams params, std::function<void(StatusOr<TokenizeResult>)> done) = 0;
-  virtual void detokenize(std::string model, std::vector<int64_t> tokens, std::function<void(StatusOr<std::string>)> done) = 0;
+  virtual void detokenize(std::string model, std::vector<int64_t> tokens,
+                          std::function<void(StatusOr<std::string>)> done) = 0;
   virtual Health health() const = 0;
   virtual ModelInfo model() const = 0;
   virtual Loads loads() const = 0;
@@ -156,7 +159,8 @@ class Service {
   virtual Status check_model(const std::string& name) const = 0;
   virtual std::string info_json() const = 0;
   virtual std::string metrics_text() const = 0;  // Prometheus text format
-  // True when no key is set, or when `presented` (the bearer token) is one of the keys; compared as digests, in constant time.
+  // True when no key is set, or when `presented` (the bearer token) is one of the keys; compared as digests, in
+  // constant time.
   virtual bool authorized(std::string_view presented) const = 0;
 };
 

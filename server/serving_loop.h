@@ -19,8 +19,8 @@
 namespace moed {
 
 struct ServingConfig {
-  int32_t queue_max = 1024;   // submissions on their way to the scheduler
-  int32_t yield_layers = 1;   // layers of a bulk pass between interactive passes
+  int32_t queue_max = 1024;  // submissions on their way to the scheduler
+  int32_t yield_layers = 1;  // layers of a bulk pass between interactive passes
 };
 
 // One request on its way in.
@@ -29,8 +29,8 @@ struct Submission {
   std::shared_ptr<RequestStream> stream;
 };
 
-// The serving thread: takes requests in, runs passes, hands tokens out. It alone touches the scheduler and the engine. At each layer boundary of each
-// pass it looks for new requests and for clients that left.
+// The serving thread: takes requests in, runs passes, hands tokens out. It alone touches the scheduler and the engine.
+// At each layer boundary of each pass it looks for new requests and for clients that left.
 class ServingLoop {
  public:
   // All must outlive the loop. The tracker starts from `prior`.
@@ -43,7 +43,8 @@ class ServingLoop {
   // Fails what still runs with `reason` and ends the thread. Any thread, once.
   void stop(Status reason);
 
-  // Any thread. kResourceExhausted when the way in is full. What happens next arrives at the stream: accept(), or fail().
+  // Any thread. kResourceExhausted when the way in is full. What happens next arrives at the stream: accept(), or
+  // fail().
   Status submit(Submission submission);
   // What streams call when their door cancels. Any thread.
   void signal() { signals_.fetch_add(1, std::memory_order_release); }

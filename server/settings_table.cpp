@@ -54,14 +54,14 @@ const SettingRow kRows[] = {
     {"device.deterministic", at<&S::device, &S::Device::deterministic>,
      "One kernel and one order of sums whatever the batch: the same tokens, slower"},
 
-    {"memory.kv_gib", at<&S::memory, &S::Memory::kv_gib>, "Memory of the KV cache in GiB; 0: chosen from what is free",
-     0, kGibMax},
+    {"memory.kv_gib", at<&S::memory, &S::Memory::kv_gib>,
+     "Memory of the KV cache in GiB; 0: what is free, at most 16 full contexts", 0, kGibMax},
     {"memory.prefix_cache", at<&S::memory, &S::Memory::prefix_cache>,
      "Keep the KV of finished requests for prompts that begin alike"},
 
     {"scheduler.bulk_rows_min", at<&S::scheduler, &S::Scheduler::bulk_rows_min>,
      "A prefill of more rows runs in a bulk pass, which lets running answers go first", 1, 1 << 20},
-    {"scheduler.pass_rows_max", at<&S::scheduler, &S::Scheduler::pass_rows_max>, "Rows (tokens) in one pass", 1, 65536},
+    {"scheduler.pass_rows_max", at<&S::scheduler, &S::Scheduler::pass_rows_max>, "Rows (tokens) in one pass", 2, 65536},
     {"scheduler.sequences_max", at<&S::scheduler, &S::Scheduler::sequences_max>, "Sequences that run at once", 1,
      65536},
     {"scheduler.queue_max", at<&S::scheduler, &S::Scheduler::queue_max>,

@@ -8,8 +8,8 @@
 
 namespace moed {
 
-// Finds stop strings in text that comes in pieces. Text that may begin one is held; which string stops, and where, does not depend on how the text
-// was cut: the first to be complete, of those the one that begins first. Not thread-safe.
+// Finds stop strings in text that comes in pieces. Text that may begin one is held; which string stops, and where, does
+// not depend on how the text was cut: the first to be complete, of those the one that begins first. Not thread-safe.
 class StopMatcher {
  public:
   explicit StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {}

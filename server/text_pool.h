@@ -8,7 +8,8 @@
 
 namespace moed {
 
-// A few threads for what must not run on I/O threads: templates, tokenising, grammars. Bounded: what does not fit is refused by the caller.
+// A few threads for what must not run on I/O threads: templates, tokenising, grammars. Bounded: what does not fit is
+// refused by the caller.
 class TextPool {
  public:
   TextPool(int num_threads, size_t queue_max);

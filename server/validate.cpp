@@ -39,7 +39,8 @@ StatusOr<std::string> join_parts(const Json& parts, size_t index) {
 }
 
 Status check_message(Json& message, size_t index, const ChatTemplate& chat_template) {
-  if (!message.is_object()) return invalid_argument(in_message(index, "") + " must be an object", in_message(index, ""));
+  if (!message.is_object())
+    return invalid_argument(in_message(index, "") + " must be an object", in_message(index, ""));
   if (!message.contains("role") || !message["role"].is_string()) {
     return invalid_argument(in_message(index, "role") + " must be a string", in_message(index, "role"));
   }

@@ -35,8 +35,8 @@ struct ValidGeneration {
   bool prompt_scores = false;  // prompt tokens are returned with their scores
 };
 
-// The one place where requests of both doors are checked, templated and tokenised. Runs on the text pool; pure but for the random seed of requests
-// that give none. Errors: as api.md says, param() naming the field.
+// The one place where requests of both doors are checked, templated and tokenised. Runs on the text pool; pure but for
+// the random seed of requests that give none. Errors: as api.md says, param() naming the field.
 StatusOr<ValidGeneration> validate(const GenerationParams& params, const ValidationContext& context);
 
 // The prompt of a chat: content parts joined or passed on as the template wants, roles checked, rendered.

@@ -158,7 +158,7 @@ def demo():
     """The real daemon over the demo model."""
     if not (DEMO / "config.json").exists():
         subprocess.run([sys.executable, ROOT / "tools/make_demo.py", "--out", DEMO], check=True)
-    daemon = Daemon(MOED, DEMO, ready_seconds=300)
+    daemon = Daemon(MOED, DEMO, "--kv-gib", "1", ready_seconds=300)
     yield daemon
     assert daemon.stop() == 0, daemon.log
 

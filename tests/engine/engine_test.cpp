@@ -238,35 +238,33 @@ TEST(EngineMemory, BadConfigsNameTheField) {
 
 TEST(KvPool, BlocksOfAllLayersAreApart) {
   const Model model = parse_tiny(tiny_models()[0]);
-  for (const bool prefault : {false, true}) {
-    auto pool = KvPool::make(model.config, 5, 16, prefault);
-    ASSERT_TRUE(pool.ok());
-    const AttentionConfig& attention = model.config.attention;
-    const auto each = [&](auto visit) {
-      uint16_t number = 0;
-      for (int32_t layer = 0; layer < model.config.num_layers; ++layer) {
-        const KvLayer view = pool->layer(layer);
-        for (int32_t block = 0; block < 5; ++block) {
-          for (int32_t head = 0; head < attention.num_kv_heads; ++head) {
-            for (int32_t i = 0; i < 16 * attention.head_dim; ++i) {
-              visit(view.k(block, head)[i], number++);
-              visit(view.v(block, head)[i], number++);
-            }
+  auto pool = KvPool::make(model.config, 5, 16);
+  ASSERT_TRUE(pool.ok());
+  const AttentionConfig& attention = model.config.attention;
+  const auto each = [&](auto visit) {
+    uint16_t number = 0;
+    for (int32_t layer = 0; layer < model.config.num_layers; ++layer) {
+      const KvLayer view = pool->layer(layer);
+      for (int32_t block = 0; block < 5; ++block) {
+        for (int32_t head = 0; head < attention.num_kv_heads; ++head) {
+          for (int32_t i = 0; i < 16 * attention.head_dim; ++i) {
+            visit(view.k(block, head)[i], number++);
+            visit(view.v(block, head)[i], number++);
           }
         }
       }
-    };
-    each([](Bf16& at, uint16_t number) { at.bits = number; });
-    int num_wrong = 0;
-    each([&](const Bf16& at, uint16_t number) { num_wrong += at.bits != number ? 1 : 0; });
-    EXPECT_EQ(num_wrong, 0);
-    const KvLayer last = pool->layer(model.config.num_layers - 1);
-    const auto elements = static_cast<size_t>(last.block_stride);
-    const std::vector<Bf16> before(last.k(4, 0), last.k(4, 0) + elements);
-    pool->copy_block(4, 1);
-    EXPECT_EQ(std::memcmp(last.k(1, 0), before.data(), elements * sizeof(Bf16)), 0);
-    EXPECT_EQ(std::memcmp(last.k(4, 0), before.data(), elements * sizeof(Bf16)), 0);
-  }
+    }
+  };
+  each([](Bf16& at, uint16_t number) { at.bits = number; });
+  int num_wrong = 0;
+  each([&](const Bf16& at, uint16_t number) { num_wrong += at.bits != number ? 1 : 0; });
+  EXPECT_EQ(num_wrong, 0);
+  const KvLayer last = pool->layer(model.config.num_layers - 1);
+  const auto elements = static_cast<size_t>(last.block_stride);
+  const std::vector<Bf16> before(last.k(4, 0), last.k(4, 0) + elements);
+  pool->copy_block(4, 1);
+  EXPECT_EQ(std::memcmp(last.k(1, 0), before.data(), elements * sizeof(Bf16)), 0);
+  EXPECT_EQ(std::memcmp(last.k(4, 0), before.data(), elements * sizeof(Bf16)), 0);
 }
 
 }  // namespace

@@ -89,7 +89,7 @@ TEST(MemoryBudget, ByDefaultKvTakesWhatIsLeftButNoMoreThanCanBeUsed) {
   EXPECT_LE(tight->total_bytes(), tight->free_bytes);
   EXPECT_GT(tight->kv_bytes, 10 * kGiB);
   const StatusOr<MemoryBudget> roomy = memory_budget(mixtral(), limits(), machine(4000));
-  EXPECT_EQ(roomy->kv_blocks, 64 * 32'768 / 16);
+  EXPECT_EQ(roomy->kv_blocks, 16 * 32'768 / 16);
 }
 
 TEST(MemoryBudget, ABoxTooSmallIsRefusedWithTheArithmetic) {

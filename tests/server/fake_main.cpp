@@ -1,4 +1,5 @@
-// The daemon over FakeEngine: both doors, the scheduler and the text layer as they are, no weights. End-to-end tests of the wire run against it.
+// The daemon over FakeEngine: both doors, the scheduler and the text layer as they are, no weights. End-to-end tests of
+// the wire run against it.
 //   moed_fake serve --model DIR [flags as moed serve]
 // FAKE_KV_BLOCKS (default 4096) and FAKE_LAYER_US (default 0) shape the engine.
 #include <unistd.h>

@@ -28,7 +28,7 @@ RequestLimits limits() {
 // One request and what came of it.
 class Client {
  public:
-  Client(ServingLoop& loop, RequestId id, std::vector<int32_t> prompt, int32_t max_tokens, int32_t n = 1) : loop_(loop) {
+  Client(ServingLoop& loop, RequestId id, std::vector<int32_t> prompt, int32_t max_tokens, int32_t n = 1) {
     stream_ = std::make_shared<RequestStream>(
         100000, [this] { notify(); }, [&loop] { loop.signal(); });
     RequestSpec spec;
@@ -70,7 +70,6 @@ class Client {
     }
     wake_.notify_all();
   }
-  ServingLoop& loop_;
   std::shared_ptr<RequestStream> stream_;
   std::mutex mutex_;
   std::condition_variable wake_;

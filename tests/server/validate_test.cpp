@@ -84,8 +84,8 @@ TEST_F(ValidateTest, DefaultsComeFromTheModel) {
 }
 
 TEST_F(ValidateTest, ContentPartsAreJoinedAndOthersRefused) {
-  const auto valid =
-      validate(chat(R"([{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}])"), context_);
+  const auto valid = validate(
+      chat(R"([{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}])"), context_);
   ASSERT_TRUE(valid.ok()) << valid.status().message();
   EXPECT_NE(tokenizer_->decode(valid->requests[0].prompt, false)->find("user\na\nb<"), std::string::npos);
   expect_refused(chat(R"([{"role":"user","content":[{"type":"image_url","image_url":{"url":"x"}}]}])"),
