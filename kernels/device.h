@@ -18,6 +18,9 @@ class Ops;
 // device knows no difference.
 enum class Memory : uint8_t { kDevice, kPinned, kMapped };
 
+// What is done with a piece of memory. kUpdate: read, then written.
+enum class Access : uint8_t { kRead, kWrite, kUpdate };
+
 // Owns memory of a device. Move-only; must die before its device.
 class Buffer {
  public:
@@ -89,6 +92,9 @@ class Device {
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
   virtual Ops& ops() = 0;
+  // Host code is about to read or write memory that the device's work touches too: a device that looks for races
+  // checks it, others do nothing.
+  virtual void host_access(const void*, int64_t /*bytes*/, Access) {}
 
  private:
   friend class Buffer;
@@ -103,9 +109,11 @@ struct DeviceOptions {
   int num_threads = 0;         // compute threads of the host, the serving thread counted; 0: default_compute_threads()
   bool deterministic = false;  // one kernel family with one K order for every number of rows
   std::string_view isa;        // "": the best the CPU has; else "avx512_bf16", "avx512", "avx2" or "portable"
+  double memory_gib = 0.0;     // of the device's own memory; 0: as the device has. The host device has none of its own
+  uint64_t seed = 0;           // of what an emulated device leaves to chance
 };
 
-// spec: "cpu". Errors: kInvalidArgument listing the devices of this build.
+// spec: "cpu" or "emulated". Errors: kInvalidArgument listing the devices of this build.
 StatusOr<std::unique_ptr<Device>> open_device(std::string_view spec, const DeviceOptions& options);
 
 }  // namespace moed

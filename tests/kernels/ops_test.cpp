@@ -9,6 +9,7 @@
 
 #include "tests/kernels/cases.h"
 #include "tests/kernels/reference.h"
+#include "tests/kernels/staged_ops.h"
 
 namespace moed {
 namespace {
@@ -20,20 +21,36 @@ using reference::tolerance;
 
 constexpr int32_t kRowsMax = 600;
 
-// Every op on every ISA that this CPU has, against the references in double.
-class OpsTest : public testing::TestWithParam<std::string> {
+struct OpsDevice {
+  std::string device;
+  std::string isa;
+};
+
+std::vector<OpsDevice> ops_devices() {
+  std::vector<OpsDevice> devices;
+  for (const char* device : {"cpu", "emulated"}) {
+    for (const std::string& isa : cases::supported_isas()) devices.push_back({device, isa});
+  }
+  return devices;
+}
+
+// Every op on every device and every ISA that this CPU has, against the references in double.
+class OpsTest : public testing::TestWithParam<OpsDevice> {
  protected:
   void SetUp() override {
-    auto device = open_device("cpu", {.num_threads = 2, .deterministic = false, .isa = GetParam()});
+    auto device = open_device(GetParam().device, {.num_threads = 2, .deterministic = false, .isa = GetParam().isa});
     ASSERT_TRUE(device.ok()) << device.status().message();
     device_ = std::move(*device);
     stream_ = device_->make_stream();
+    staged_ = std::make_unique<StagedOps>(*device_);
     ASSERT_TRUE(device_->ops().reserve(cases::limits_for(kRowsMax)).ok());
   }
-  Ops& ops() { return device_->ops(); }
+  // On a device with memory of its own, ops that carry their arguments there and back.
+  Ops& ops() { return device_->is_host() ? device_->ops() : *staged_; }
 
   std::unique_ptr<Device> device_;
   std::unique_ptr<Stream> stream_;
+  std::unique_ptr<StagedOps> staged_;
 };
 
 template <class T>
@@ -395,8 +412,8 @@ TEST_P(OpsTest, CombineAddsInOrder) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Isa, OpsTest, testing::ValuesIn(cases::supported_isas()),
-                         [](const auto& param_info) { return param_info.param; });
+INSTANTIATE_TEST_SUITE_P(Devices, OpsTest, testing::ValuesIn(ops_devices()),
+                         [](const auto& param_info) { return param_info.param.device + "_" + param_info.param.isa; });
 
 // The same bits for a row whatever stands beside it and however many threads there are.
 class InvarianceTest : public testing::TestWithParam<std::tuple<std::string, int>> {
