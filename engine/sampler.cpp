@@ -11,6 +11,7 @@ namespace moed {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr int32_t kFirstCandidates = 64;
 
 LogitsPeak checked_peak(std::span<const float> logits) {
@@ -54,10 +55,13 @@ void apply_penalties(std::span<float> logits, const SampleContext& context, std:
   counts.resize(logits.size());
   const auto penalize = [&](int32_t token, int32_t count) {
     float& logit = logits[token];
+    if (logit == -kInfinity) return;  // masked
     if (params.repetition_penalty != 1.0F) {
       logit = logit > 0.0F ? logit / params.repetition_penalty : logit * params.repetition_penalty;
     }
     if (count > 0) logit -= params.frequency_penalty * static_cast<float>(count) + params.presence_penalty;
+    // A request must not be able to make what broken weights make.
+    logit = std::clamp(logit, -kLargest, kLargest);
   };
   const auto generated = context.tokens.subspan(std::min<size_t>(context.num_prompt, context.tokens.size()));
   for (const int32_t token : generated) {

@@ -290,6 +290,41 @@ TEST(Sampler, LogprobsAreOfTheLogitsBeforeAnyChange) {
   EXPECT_NEAR(sample(logits, params, tokens, 2).logprob, scored.logprob, 0.0F);
 }
 
+// Whatever a request may ask for, and what only other callers could: the process lives and a token that may be drawn
+// is.
+TEST(Sampler, ExtremeParametersLeaveTheLogitsFinite) {
+  const std::vector<int32_t> tokens = {0, 1, 2, 3, 2, 3};
+  for (const float size : {1e4F, 3e38F}) {
+    const std::vector<float> logits = {size, -size, size, -size, 0.0F, 1.0F};
+    for (const float repetition : {1e-38F, 0.01F, 1.0F, 100.0F, 1e38F}) {
+      for (const float temperature : {0.0F, 1e-5F, 1.0F, 2.0F}) {
+        for (const float bias : {-100.0F, 100.0F}) {
+          for (const bool restrict : {false, true}) {
+            SamplingParams params{.temperature = temperature,
+                                  .presence_penalty = bias > 0.0F ? 2.0F : -2.0F,
+                                  .frequency_penalty = bias > 0.0F ? 2.0F : -2.0F,
+                                  .repetition_penalty = repetition,
+                                  .logit_bias = {{0, bias}, {1, bias}, {3, bias}},
+                                  .num_logprobs = 2};
+            if (restrict) params.allowed_token_ids = {1, 3};
+            for (const float top_p : {0.9F, 1.0F}) {
+              params.top_p = top_p;
+              const ScoredToken scored = sample(logits, params, tokens, 2);
+              EXPECT_TRUE(!restrict || scored.token == 1 || scored.token == 3) << scored.token;
+              EXPECT_TRUE(scored.token >= 0 && scored.token < 6) << scored.token;
+              EXPECT_FALSE(std::isnan(scored.logprob));
+            }
+          }
+        }
+      }
+    }
+  }
+  // Overflow is the largest logit, not an error.
+  EXPECT_EQ(
+      sample({4.0F, 5.0F, 0.0F}, {.temperature = 0.0F, .repetition_penalty = 1e-38F}, std::vector<int32_t>{0, 1}).token,
+      0);
+}
+
 TEST(SamplerDeathTest, BrokenLogitsEndTheProcess) {
   std::vector<float> logits = random_logits(100, 16);
   logits[50] = std::nanf("");

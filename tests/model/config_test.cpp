@@ -390,6 +390,9 @@ TEST(Generation, BadFieldsAreNamed) {
                                                      {R"({"top_k": 2.5})", "top_k is 2.5"},
                                                      {R"({"min_p": "x"})", "min_p is \"x\""},
                                                      {R"({"repetition_penalty": 0})", "repetition_penalty is 0"},
+                                                     {R"({"repetition_penalty": 1e-5})", "repetition_penalty is 1e-05"},
+                                                     {R"({"repetition_penalty": 101})", "repetition_penalty is 101"},
+                                                     {R"({"temperature": 2.1})", "temperature is 2.1"},
                                                      {R"({"eos_token_id": "x"})", "eos_token_id is \"x\""},
                                                      {"[]", "not an object"},
                                                      {"{", "not valid JSON"}};
