@@ -117,6 +117,7 @@ void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) 
   sequence.pass = kind;
   sequence.pass_index = static_cast<int32_t>(live.steps.size());
   sequence.turn = ++last_turn;
+  if (!sequence.reported && sequence.request->scheduled_us == 0) sequence.request->scheduled_us = now_us;
   live.sequences.push_back(&sequence);
   live.steps.push_back({.tokens = sequence.tokens,
                         .id = sequence.id,
@@ -164,6 +165,7 @@ void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence,
   if (!sequence.reported) {
     sequence.reported = true;
     event.num_cached_tokens = sequence.request->num_cached_prompt;
+    event.scheduled_us = sequence.request->scheduled_us;
     event.prompt_scores = std::move(sequence.prompt_scores);
   }
   if (event.has_token) {

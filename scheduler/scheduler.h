@@ -36,6 +36,7 @@ struct TokenEvent {
   FinishReason finish = FinishReason::kNone;
   int32_t stop_token = -1;                 // the EOS or stop id that ended it
   int32_t num_cached_tokens = 0;           // of the prompt, from the prefix cache; set on the first event of a choice
+  int64_t scheduled_us = 0;                // schedule()'s now_us of the request's first pass; set likewise
   std::vector<ScoredToken> prompt_scores;  // of prompt[1..], once, on the first event of choice 0, when asked for
 };
 

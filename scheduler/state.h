@@ -96,6 +96,7 @@ struct Scheduler::State {
   int64_t blocked_num_free = 0;  // when so many blocks were free
   int64_t num_added = 0;
   SequenceId last_sequence_id = 0;
+  int64_t now_us = 0;  // of the last schedule()
   int64_t last_turn = 0;
   int32_t num_unstarted = 0;         // requests no choice of which was ever admitted
   int64_t num_unstarted_tokens = 0;  // their prompts
