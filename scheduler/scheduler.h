@@ -84,8 +84,8 @@ class Scheduler {
   std::vector<LiveSequence> finish_choice(RequestId request, int32_t choice, FinishReason reason);
   void dropped(SequenceId id);
 
-  // The sequences of the next pass of that kind; empty: nothing to do. kBulk: one long prefill's chunk (and what shares
-  // its sweep). kInteractive: decode rows and short prefills that are in no live pass. The spans stay valid until
+  // The sequences of the next pass of that kind; empty: nothing to do. kBulk: chunks of long prefills (and what shares
+  // their sweep); a quarter of the rows is kept for the shortest of those behind the first. kInteractive: decode rows and short prefills that are in no live pass. The spans stay valid until
   // commit() of that pass. REQUIRES: no live pass of that kind.
   std::span<const StepSequence> schedule(PassKind kind, const StepModel& model, int64_t now_us);
   // Copies that the pass just scheduled needs first.

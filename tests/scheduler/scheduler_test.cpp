@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <numeric>
 #include <tuple>
 
@@ -454,12 +455,54 @@ TEST(Scheduler, ChunksAreBoundedAndPacked) {
     }
     harness.commit(kBulk);
   }
-  // 40 = 16 + 16 + 8: the last 8 are no longer bulk.
-  EXPECT_EQ(chunks, (std::vector<std::vector<int32_t>>{{16}, {16}, {16}}));
+  // A quarter is kept for the second. 40 = 3 * 12 + 4, 20 = 3 * 4 + 8: the rest of neither is bulk any more.
+  EXPECT_EQ(chunks, (std::vector<std::vector<int32_t>>{{12, 4}, {12, 4}, {12, 4}}));
   const auto steps = harness.begin(kInteractive);
   ASSERT_EQ(steps.size(), 2U);
-  EXPECT_EQ(steps[0].num_new, 8);
-  EXPECT_EQ(steps[1].num_new, 4);
+  EXPECT_EQ(steps[0].num_new, 4);
+  EXPECT_EQ(steps[1].num_new, 8);
+}
+
+TEST(Scheduler, ALongPromptDoesNotHoldUpShorterOnes) {
+  SchedulerConfig config{.block_tokens = 16, .num_blocks = 4096, .pass_rows_max = 512, .bulk_rows_min = 64};
+  Scheduler scheduler(config);
+  RequestLimits limits = test_limits();
+  limits.max_model_len = 65'536;
+  const auto add = [&](RequestId id, int32_t length) {
+    return scheduler.add(
+        Request::make(make_spec(id, make_prompt(length, static_cast<int32_t>(id)), 2), limits).value());
+  };
+  std::map<RequestId, int32_t> answered_after;  // bulk passes until a request's first token
+  int32_t num_passes = 0;
+  const auto run_bulk = [&] {
+    const auto steps = scheduler.schedule(kBulk, StepModel(0.0, 1.0, 0.0), 0);
+    ASSERT_FALSE(steps.empty());
+    StepOutput output;
+    for (const StepSequence& step : steps) {
+      SequenceOutput& answer = output.sequences.emplace_back();
+      answer.id = step.id;
+      if (step.sampling != nullptr) answer.sampled.emplace();
+    }
+    ++num_passes;
+    for (const TokenEvent& event : scheduler.commit(kBulk, output, 0)) {
+      answered_after.emplace(event.request, num_passes);
+    }
+    scheduler.check_invariants();
+  };
+  ASSERT_TRUE(add(1, 32'000).ok());
+  run_bulk();
+  ASSERT_TRUE(add(2, 2'000).ok());
+  ASSERT_TRUE(add(3, 100).ok());
+  for (int i = 0; i < 18; ++i) run_bulk();
+  EXPECT_EQ(answered_after[3], 2);                // the very next pass
+  EXPECT_LE(answered_after[2], 3 + 2'000 / 128);  // then a quarter of each
+  EXPECT_FALSE(answered_after.contains(1));
+  while (!answered_after.contains(1) && num_passes < 100) {
+    run_bulk();
+    scheduler.finish(2, FinishReason::kCancelled);
+    scheduler.finish(3, FinishReason::kCancelled);
+  }
+  EXPECT_LE(num_passes, 1 + (32'000 + 2'100) / 512 + 2);  // and no row is wasted
 }
 
 TEST(Scheduler, DecodeRowsRideInTheBulkPassWhenTheSweepIsDear) {
@@ -486,6 +529,32 @@ TEST(Scheduler, DecodeRowsRideInTheBulkPassWhenTheSweepIsDear) {
     expect_answer(harness, chat);
     expect_answer(harness, longer);
   }
+}
+
+// Else the model would never see a light pass, and a sweep that it thinks too dear would stay so.
+TEST(Scheduler, DecodeRowsStopRidingNowAndThen) {
+  SchedulerConfig config = small_config();
+  config.num_blocks = 512;
+  Harness harness(config, StepModel(1e6, 1.0, 0.0));
+  const RequestSpec chat = make_spec(1, make_prompt(4, 1), 80);
+  const RequestSpec longer = make_spec(2, make_prompt(1200, 2), 2);
+  ASSERT_TRUE(harness.add(chat).ok());
+  ASSERT_TRUE(harness.run(kInteractive));
+  ASSERT_TRUE(harness.add(longer).ok());
+  int num_alone = 0;
+  for (int pass = 0; pass < 32; ++pass) {
+    const auto bulk = harness.begin(kBulk);
+    ASSERT_FALSE(bulk.empty());
+    num_alone += bulk.size() == 1 ? 1 : 0;
+    EXPECT_EQ(harness.run(kInteractive), bulk.size() == 1);
+    while (harness.advance(kBulk)) {
+    }
+    harness.commit(kBulk);
+  }
+  EXPECT_EQ(num_alone, 2);
+  harness.run_all();
+  expect_answer(harness, chat);
+  expect_answer(harness, longer);
 }
 
 TEST(Scheduler, ManyDecodersTakeTurns) {
