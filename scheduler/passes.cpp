@@ -234,6 +234,7 @@ void Scheduler::State::register_blocks(Sequence& sequence) {
   while ((sequence.num_hashed_blocks + 1) * config.block_tokens <= sequence.num_cached) {
     const int32_t index = sequence.num_hashed_blocks++;
     const int32_t block = sequence.blocks[index];
+    blocked_head = 0;  // it may need fewer blocks now
     // A block shared with a sibling may be known already.
     sequence.prefix =
         cache.contains(block)

@@ -108,7 +108,7 @@ struct Scheduler::State {
   int64_t last_turn = 0;
   int32_t num_shared_bulk = 0;       // the last so many bulk passes carried decode rows
   int32_t num_unstarted = 0;         // requests no choice of which was ever admitted
-  int64_t num_unstarted_tokens = 0;  // their prompts
+  int64_t num_unstarted_tokens = 0;  // their prompts, one a choice
   int32_t num_waiting_requests = 0;
   int64_t num_preemptions = 0;
   int64_t prefix_queries_tokens = 0;
