@@ -29,8 +29,7 @@ class MoeExecutor {
   void run_dense(const LayerWeights& weights, const RowViews& rows);
   void route(const LayerWeights& weights, const RowViews& rows);
   std::span<const ExpertWork> group(int32_t layer, const RowViews& rows);
-  // One FFN for all rows, as choice `choice` of `choices`.
-  void run_on_all(BlobView ffn, int32_t choice, int32_t choices, const RowViews& rows);
+  void run_shared(int32_t layer, const LayerWeights& weights, const RowViews& rows);
   void run_works(std::span<const ExpertWork> works, int32_t choices, const RowViews& rows);
 
   const ModelConfig& model_;
