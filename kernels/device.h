@@ -6,6 +6,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/function_ref.h"
 #include "base/status.h"
 
 namespace moed {
@@ -89,6 +90,13 @@ class Device {
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
   virtual Ops& ops() = 0;
+  // Host code on the device's compute threads of the host, the calling one among them: fn(index, thread) for each index
+  // in [0, count), thread in [0, num_host_threads()). Returns when all are done; fn may neither enqueue ops nor call
+  // it.
+  virtual int num_host_threads() const { return 1; }
+  virtual void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) {
+    for (int64_t index = 0; index < count; ++index) fn(index, 0);
+  }
 
  private:
   friend class Buffer;
