@@ -191,6 +191,13 @@ ModelConfig parse_common(Fields& fields, const CommonDefaults& defaults) {
   attention.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(attention.head_dim)));
 
   config.rope = parse_rope(fields, config, defaults.rope_theta);
+  if (config.rope.scaling == RopeConfig::Scaling::kYarn) {
+    // Qwen's model cards have rope_scaling added and max_position_embeddings left as it was; vLLM's max_model_len is
+    // this product too. Never less than what the checkpoint names itself.
+    const double stretched = config.rope.original_max_positions * config.rope.factor;
+    const double capped = std::min(stretched, static_cast<double>(kPositionsMax));
+    config.max_positions = std::max(config.max_positions, static_cast<int32_t>(capped));
+  }
   config.eos_token_ids = parse_eos(
       fields, defaults.eos_token_id < 0 ? std::vector<int32_t>{} : std::vector<int32_t>{defaults.eos_token_id});
   refuse_unsupported(fields, config, defaults.window_flag);
