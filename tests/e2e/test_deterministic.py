@@ -18,9 +18,10 @@ assert 16 * (40 + NEW_TOKENS) > 2 * KV_TOKENS > 2 * CONTEXT_TOKENS
 
 @pytest.fixture(scope="module")
 def crowded():
-    """Little KV, so that running answers lose theirs; small passes, so that prompts run in chunks between answers."""
+    """Little KV, so that running answers lose theirs; prompts run in bulk passes between answers, and wide enough ones that
+    without --deterministic other kernels would compute them."""
     daemon = Daemon(MOED, DEMO, "--deterministic", "--kv-gib", f"{KV_TOKENS * KV_BYTES_PER_TOKEN / 2**30:.6f}",
-                    "--max-model-len", str(CONTEXT_TOKENS), "--pass-rows-max", "40", "--bulk-rows-min", "12",
+                    "--max-model-len", str(CONTEXT_TOKENS), "--pass-rows-max", "128", "--bulk-rows-min", "16",
                     ready_seconds=300)
     yield daemon
     assert daemon.stop() == 0, daemon.log
