@@ -72,8 +72,6 @@ class HostDevice final : public Device {
   Ops& ops() override { return ops_; }
   int num_host_threads() const override { return pool_.num_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override { pool_.run(count, fn); }
-  int num_host_threads() const override { return pool_.num_threads(); }
-  void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override { pool_.run(count, fn); }
 
  private:
   void release(std::byte* data, int64_t, Memory) override {
