@@ -22,6 +22,7 @@ struct SamplerScratch {
   std::vector<float> raw;       // logits before anything changed them
   std::vector<int32_t> counts;  // [vocab], all zero between calls
   std::vector<double> block_sums;
+  std::vector<double> bin_masses;
   std::vector<Candidate> candidates;
 };
 
