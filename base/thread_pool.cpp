@@ -7,16 +7,13 @@
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
-#include <cstdlib>
-#include <fstream>
 #include <mutex>
-#include <set>
-#include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
+#include "base/cgroup.h"
 #include "base/check.h"
+#include "base/cpu_places.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -33,17 +30,6 @@ void relax() {
 #if defined(__x86_64__)
   _mm_pause();
 #endif
-}
-
-std::vector<int> affinity_cpus() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  std::vector<int> cpus;
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return cpus;
-  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
-    if (CPU_ISSET(cpu, &set)) cpus.push_back(cpu);
-  }
-  return cpus;
 }
 
 }  // namespace
@@ -100,10 +86,10 @@ struct ThreadPool::State {
 
 ThreadPool::ThreadPool(int num_threads, bool pin) : state_(std::make_unique<State>()) {
   MOED_CHECK(num_threads >= 1);
-  const std::vector<int> cpus = affinity_cpus();
+  const std::vector<int> cpus = pin ? pinned_cpus(allowed_cpus(), num_threads) : std::vector<int>();
   for (int thread = 1; thread < num_threads; ++thread) {
     state_->helpers.emplace_back([state = state_.get(), thread] { state->helper_loop(thread); });
-    if (pin && num_threads <= static_cast<int>(cpus.size())) {
+    if (!cpus.empty()) {
       cpu_set_t set;
       CPU_ZERO(&set);
       CPU_SET(cpus[thread], &set);
@@ -143,35 +129,9 @@ void ThreadPool::run(int64_t count, FunctionRef<void(int64_t, int)> fn) {
   }
 }
 
-namespace {
-
-// cgroup v2's cpu.max ("quota period" or "max period"), as a number of CPUs; infinity when there is no limit.
-double cgroup_cpus() {
-  std::ifstream file("/sys/fs/cgroup/cpu.max");
-  std::string quota;
-  double period = 0;
-  if (!(file >> quota >> period) || quota == "max" || period <= 0) return INFINITY;
-  return std::strtod(quota.c_str(), nullptr) / period;
-}
-
-int physical_cores(const std::vector<int>& cpus) {
-  std::set<std::pair<int, int>> cores;
-  for (const int cpu : cpus) {
-    const std::string topology = "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
-    int package = 0;
-    int core = cpu;
-    std::ifstream(topology + "physical_package_id") >> package;
-    std::ifstream(topology + "core_id") >> core;
-    cores.emplace(package, core);
-  }
-  return static_cast<int>(cores.size());
-}
-
-}  // namespace
-
 int default_compute_threads() {
-  const int cores = physical_cores(affinity_cpus());
-  return std::max(1, static_cast<int>(std::min<double>(cores, std::ceil(cgroup_cpus()))));
+  const auto cores = static_cast<double>(one_cpu_per_core(allowed_cpus()).size());
+  return std::max(1, static_cast<int>(std::min(cores, std::ceil(cgroup_limits().cpus))));
 }
 
 }  // namespace moed

@@ -12,8 +12,8 @@ namespace moed {
 // not call it again. Never allocates after construction.
 class ThreadPool {
  public:
-  // num_threads counts the caller of run(): 1 makes no thread at all. pin: bind helper i to the i-th CPU of the
-  // process's affinity mask.
+  // num_threads counts the caller of run(): 1 makes no thread at all. pin: when there are as many threads as cores,
+  // bind each helper to a core of its own (pinned_cpus()); the caller stays free, and finds the one core left.
   explicit ThreadPool(int num_threads, bool pin = true);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;

@@ -1,6 +1,7 @@
 #include "engine/head.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/check.h"
 
@@ -17,7 +18,9 @@ StatusOr<Head> Head::make(const ModelConfig& model, const DenseWeights& weights,
   Head head;
   head.model_ = &model;
   head.weights_ = &weights;
+  head.device_ = &device;
   head.ops_ = &device.ops();
+  head.scratches_.resize(device.num_host_threads());
   head.stream_ = &stream;
   head.done_ = device.make_event();
   head.rows_max_ = std::min(rows_max, kRowsMax);
@@ -67,6 +70,7 @@ void Head::plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs) {
 
 void Head::compute(const RunningPass& pass, std::span<const Task> tasks) {
   auto* rows = rows_memory_.as<int32_t>();
+  device_->host_access(rows, static_cast<int64_t>(tasks.size() * sizeof(*rows)), Access::kWrite);
   for (size_t i = 0; i < tasks.size(); ++i) rows[i] = tasks[i].row;
   const auto num_rows = static_cast<int32_t>(tasks.size());
   const Matrix<Bf16> normed(normed_memory_.as<Bf16>(), num_rows, model_->hidden_size);
@@ -81,15 +85,26 @@ void Head::compute(const RunningPass& pass, std::span<const Task> tasks) {
 
 void Head::choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs) {
   const auto vocab = static_cast<size_t>(model_->vocab_size);
-  for (size_t i = 0; i < tasks.size(); ++i) {
+  device_->host_access(logits_memory_.data(), static_cast<int64_t>(tasks.size() * vocab * sizeof(float)),
+                       Access::kUpdate);
+  chosen_.resize(tasks.size());
+  device_->run_host(static_cast<int64_t>(tasks.size()), [&](int64_t i, int thread) {
     const StepSequence& sequence = *tasks[i].sequence;
-    const std::span<float> logits(logits_memory_.as<float>() + i * vocab, vocab);
-    SequenceOutput& output = outputs[tasks[i].output];
+    const std::span<float> logits(logits_memory_.as<float>() + static_cast<size_t>(i) * vocab, vocab);
+    SamplerScratch& scratch = scratches_[thread];
     if (tasks[i].score_of >= 0) {
-      output.prompt_scores.push_back(score_token(logits, tasks[i].score_of, sequence.num_prompt_top, scratch_));
+      chosen_[i] = score_token(logits, tasks[i].score_of, sequence.num_prompt_top, scratch);
     } else {
       const SampleContext context{sequence.tokens, sequence.num_prompt, *sequence.sampling, sequence.allowed};
-      output.sampled = sample_token(logits, context, scratch_);
+      chosen_[i] = sample_token(logits, context, scratch);
+    }
+  });
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    SequenceOutput& output = outputs[tasks[i].output];
+    if (tasks[i].score_of >= 0) {
+      output.prompt_scores.push_back(std::move(chosen_[i]));
+    } else {
+      output.sampled = std::move(chosen_[i]);
     }
   }
 }

@@ -10,7 +10,8 @@
 namespace moed {
 
 // Final norm and head of the rows that need logits, some rows at a time so that memory stays bounded, and what is
-// chosen from them: the next token of each sequence that samples, and scores of prompt tokens. Serving thread only.
+// chosen from them: the next token of each sequence that samples, and scores of prompt tokens. Rows are shared out
+// among the host's compute threads; which thread takes one changes nothing. Serving thread only.
 class Head {
  public:
   // Rows whose logits stand in memory at once.
@@ -40,6 +41,7 @@ class Head {
 
   const ModelConfig* model_ = nullptr;
   const DenseWeights* weights_ = nullptr;
+  Device* device_ = nullptr;
   Ops* ops_ = nullptr;
   Stream* stream_ = nullptr;
   std::unique_ptr<Event> done_;
@@ -49,7 +51,8 @@ class Head {
   int32_t rows_max_ = 0;
   int32_t pass_rows_max_ = 0;
   std::vector<Task> tasks_;
-  SamplerScratch scratch_;
+  std::vector<ScoredToken> chosen_;        // of a block of tasks
+  std::vector<SamplerScratch> scratches_;  // one a host thread
 };
 
 }  // namespace moed

@@ -39,11 +39,8 @@ class HybridEngine : public Engine {
 
   Pass begin(std::span<const StepSequence> sequences, const StepPlan& plan) override {
     StepShape shape;
-    shape.num_sequences = static_cast<int32_t>(sequences.size());
     for (const StepSequence& sequence : sequences) {
-      shape.num_rows += sequence.num_new;
-      shape.num_sampled += sequence.sampling != nullptr ? 1 : 0;
-      shape.context_tokens += sequence.num_cached + sequence.num_new;
+      shape.add(sequence.num_cached, sequence.num_new, sequence.sampling != nullptr);
     }
     const Status valid = validate(plan, shape, model_);
     MOED_CHECK(valid.ok()) << valid.message();
@@ -72,7 +69,7 @@ class HybridEngine : public Engine {
 
   void copy_block(Pool pool, int32_t from, int32_t to) override {
     MOED_CHECK(pool == Pool::kHost) << "this engine has no KV pool on the device";
-    kv_->copy_block(from, to);
+    kv_->copy_block(from, to, *stream_);
   }
 
   int32_t rows_max() const override { return config_.rows_max; }

@@ -1,6 +1,5 @@
 #include "engine/kv_pool.h"
 
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -39,12 +38,13 @@ KvLayer KvPool::layer(int32_t layer) const {
   return view;
 }
 
-void KvPool::copy_block(int32_t from, int32_t to) {
+void KvPool::copy_block(int32_t from, int32_t to, Stream& stream) {
   MOED_CHECK(from >= 0 && from < num_blocks_ && to >= 0 && to < num_blocks_) << from << " -> " << to;
   if (from == to) return;
   for (int32_t index = 0; index < num_layers_; ++index) {
     const KvLayer view = layer(index);
-    std::memcpy(view.base + to * block_elements_, view.base + from * block_elements_, block_elements_ * sizeof(Bf16));
+    stream.copy(view.base + to * block_elements_, view.base + from * block_elements_,
+                block_elements_ * int64_t{sizeof(Bf16)});
   }
 }
 

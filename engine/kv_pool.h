@@ -18,8 +18,8 @@ class KvPool {
   static StatusOr<KvPool> make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens);
 
   KvLayer layer(int32_t layer) const;
-  // REQUIRES: both in [0, num_blocks()).
-  void copy_block(int32_t from, int32_t to);
+  // Enqueued: ordered with what else runs on the stream. REQUIRES: both in [0, num_blocks()).
+  void copy_block(int32_t from, int32_t to, Stream& stream);
   int64_t num_blocks() const { return num_blocks_; }
   int32_t block_tokens() const { return block_tokens_; }
 

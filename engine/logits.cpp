@@ -16,6 +16,10 @@ float kept_if(bool condition, float x) {
   return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & (0U - static_cast<uint32_t>(condition)));
 }
 
+// Addends further down than this are 0: see exp_negative().
+constexpr float kFarthest = 87.5F;
+constexpr float kBinsPerUnit = static_cast<float>(kNumBins) / 88.0F;
+
 bool better(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
 }
@@ -108,6 +112,48 @@ double sum_weights(std::span<const float> logits, float peak, float inverse_temp
     total += sum;
   }
   return total;
+}
+
+void bin_weights(std::span<const float> logits, float peak, float inverse_temperature, float weight_min,
+                 std::vector<double>& masses) {
+  const auto size = static_cast<int32_t>(logits.size());
+  masses.assign(kNumBins, 0.0);
+  for (int32_t begin = 0; begin < size; begin += kSumBlock) {
+    const int32_t count = std::min(kSumBlock, size - begin);
+    const float* block = logits.data() + begin;
+    float weights[kSumBlock];
+    int32_t bins[kSumBlock];
+    for (int32_t i = 0; i < count; ++i) {
+      const float distance = (peak - block[i]) * inverse_temperature;
+      const float weight = exp_negative(-distance);
+      weights[i] = kept_if(weight >= weight_min, weight);
+      bins[i] = static_cast<int32_t>(std::min(distance, kFarthest) * kBinsPerUnit);
+    }
+    for (int32_t i = 0; i < count; ++i) masses[bins[i]] += weights[i];
+  }
+}
+
+void collect_bin(std::span<const float> logits, float peak, float inverse_temperature, int32_t bin,
+                 std::vector<Candidate>& tokens) {
+  tokens.clear();
+  const auto size = static_cast<int32_t>(logits.size());
+  const auto low = static_cast<float>(bin);
+  const auto is_in = [&](float logit) {
+    const float position = std::min((peak - logit) * inverse_temperature, kFarthest) * kBinsPerUnit;
+    return position >= low && position < low + 1.0F;
+  };
+  for (int32_t begin = 0; begin < size; begin += kLanes) {
+    const int32_t end = std::min(begin + kLanes, size);
+    if (end - begin == kLanes) {
+      int32_t any = 0;
+      for (int lane = 0; lane < kLanes; ++lane) any |= is_in(logits[begin + lane]) ? 1 : 0;
+      if (any == 0) continue;
+    }
+    for (int32_t i = begin; i < end; ++i) {
+      if (is_in(logits[i])) tokens.push_back({i, logits[i]});
+    }
+  }
+  std::sort(tokens.begin(), tokens.end(), better);
 }
 
 // Keeps up to two times `count` candidates above a floor; when they are that many, the worse half goes and the floor

@@ -12,6 +12,7 @@ MoeExecutor::MoeExecutor(const ModelConfig& model, const DenseWeights& weights, 
     : model_(model),
       weights_(weights),
       experts_(experts),
+      device_(device),
       ops_(device.ops()),
       stream_(stream),
       routed_(device.make_event()),
@@ -28,12 +29,10 @@ void MoeExecutor::run(int32_t layer, const RowViews& rows, StepClock& clock) {
   }
   route(weights, rows);
   clock.mark(Lane::kDense);
-  const int32_t top_k = model_.moe.router.top_k;
   const int32_t choices = model_.ffn_choices(layer);
   run_works(group(layer, rows), choices, rows);
   if (model_.moe.shared_intermediate_size > 0) {
-    const BlobShape shape{.hidden = model_.hidden_size, .intermediate = model_.moe.shared_intermediate_size};
-    run_on_all({reinterpret_cast<const std::byte*>(weights.ffn), shape}, top_k, choices, rows);
+    run_shared(layer, weights, rows);
   }
   const Matrix<float> outputs(rows.expert_outputs, rows.residual.rows * choices, model_.hidden_size);
   ops_.combine({.y = outputs, .weights = rows.expert_weights, .choices = choices, .residual = rows.residual}, stream_);
@@ -42,7 +41,9 @@ void MoeExecutor::run(int32_t layer, const RowViews& rows, StepClock& clock) {
 
 void MoeExecutor::run_dense(const LayerWeights& weights, const RowViews& rows) {
   const BlobShape shape{.hidden = model_.hidden_size, .intermediate = model_.dense_intermediate_size};
-  run_on_all({reinterpret_cast<const std::byte*>(weights.ffn), shape}, 0, 1, rows);
+  const ExpertWork work{{reinterpret_cast<const std::byte*>(weights.ffn), shape},
+                        {rows.identity, static_cast<size_t>(rows.residual.rows)}};
+  run_works({&work, 1}, 1, rows);
   const Matrix<float> outputs(rows.expert_outputs, rows.residual.rows, model_.hidden_size);
   ops_.combine({.y = outputs, .weights = {}, .choices = 1, .residual = rows.residual}, stream_);
 }
@@ -75,6 +76,9 @@ std::span<const ExpertWork> MoeExecutor::group(int32_t layer, const RowViews& ro
   const int32_t num_rows = rows.residual.rows;
   const int32_t top_k = model_.moe.router.top_k;
   const int32_t choices = model_.ffn_choices(layer);
+  const int64_t table_bytes = int64_t{num_rows} * top_k * int64_t{sizeof(int32_t)};
+  device_.host_access(rows.experts.data, table_bytes, Access::kRead);
+  device_.host_access(rows.pairs, table_bytes, Access::kWrite);
   std::fill(pair_ends_.begin(), pair_ends_.end(), 0);
   for (int32_t row = 0; row < num_rows; ++row) {
     for (int32_t choice = 0; choice < top_k; ++choice) {
@@ -102,10 +106,17 @@ std::span<const ExpertWork> MoeExecutor::group(int32_t layer, const RowViews& ro
   return works_;
 }
 
-void MoeExecutor::run_on_all(BlobView ffn, int32_t choice, int32_t choices, const RowViews& rows) {
+// The shared expert is the last choice of every row. Its pairs lie behind the routed ones, which may still be read.
+void MoeExecutor::run_shared(int32_t layer, const LayerWeights& weights, const RowViews& rows) {
+  const BlobShape shape{.hidden = model_.hidden_size, .intermediate = model_.moe.shared_intermediate_size};
   const int32_t num_rows = rows.residual.rows;
-  for (int32_t row = 0; row < num_rows; ++row) rows.pairs[row] = row * choices + choice;
-  const ExpertWork work{ffn, {rows.pairs, static_cast<size_t>(num_rows)}};
+  const int32_t top_k = model_.moe.router.top_k;
+  const int32_t choices = model_.ffn_choices(layer);
+  int32_t* pairs = rows.pairs + int64_t{num_rows} * top_k;
+  device_.host_access(pairs, num_rows * int64_t{sizeof(*pairs)}, Access::kWrite);
+  for (int32_t row = 0; row < num_rows; ++row) pairs[row] = row * choices + top_k;
+  const ExpertWork work{{reinterpret_cast<const std::byte*>(weights.ffn), shape},
+                        {pairs, static_cast<size_t>(num_rows)}};
   run_works({&work, 1}, choices, rows);
 }
 

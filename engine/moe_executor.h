@@ -29,13 +29,13 @@ class MoeExecutor {
   void run_dense(const LayerWeights& weights, const RowViews& rows);
   void route(const LayerWeights& weights, const RowViews& rows);
   std::span<const ExpertWork> group(int32_t layer, const RowViews& rows);
-  // One FFN for all rows, as choice `choice` of `choices`.
-  void run_on_all(BlobView ffn, int32_t choice, int32_t choices, const RowViews& rows);
+  void run_shared(int32_t layer, const LayerWeights& weights, const RowViews& rows);
   void run_works(std::span<const ExpertWork> works, int32_t choices, const RowViews& rows);
 
   const ModelConfig& model_;
   const DenseWeights& weights_;
   const ExpertStore& experts_;
+  Device& device_;
   Ops& ops_;
   Stream& stream_;
   std::unique_ptr<Event> routed_;

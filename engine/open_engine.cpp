@@ -10,6 +10,7 @@ StatusOr<std::unique_ptr<OpenedEngine>> OpenedEngine::open(const Model& model, c
   DeviceOptions options;
   options.num_threads = spec.num_threads;
   options.deterministic = spec.deterministic;
+  options.memory_gib = spec.memory_gib;
   MOED_ASSIGN_OR_RETURN(auto device, open_device(spec.device, options));
   std::unique_ptr<OpenedEngine> opened(new OpenedEngine(std::move(device)));
   MOED_ASSIGN_OR_RETURN(opened->engine_, make_engine(model, weights, experts, *opened->device_, config));

@@ -11,6 +11,7 @@ struct DeviceSpec {
   std::string device = "cpu";  // kernels/device.h lists them
   int num_threads = 0;         // compute threads, the serving thread counted; 0: default_compute_threads()
   bool deterministic = false;
+  double memory_gib = 0.0;  // of the device's own memory; 0: as the device has
 };
 
 // An engine together with the device that it runs on: what stands above engines knows no device. Serving thread, once

@@ -1,6 +1,7 @@
 #include "engine/pass_buffers.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "base/check.h"
@@ -63,6 +64,7 @@ void PassBuffers::carve(const ModelConfig& model, const EngineConfig& config, Ca
   all_.experts = mapped.take<int32_t>(rows, std::max(1, model.moe.router.top_k));
   all_.expert_weights = mapped.take<float>(rows, choices_max_);
   all_.pairs = mapped.take<int32_t>(int64_t{rows} * choices_max_);
+  identity_ = mapped.take<int32_t>(rows);
   all_.tokens = mapped.take<int32_t>(rows);
   all_.positions = mapped.take<int32_t>(rows);
   all_.slots = mapped.take<int64_t>(rows);
@@ -90,6 +92,7 @@ StatusOr<PassBuffers> PassBuffers::allocate(const ModelConfig& model, const Engi
   Carver device_memory(buffers.device_memory_.data());
   Carver mapped_memory(buffers.mapped_memory_.data());
   buffers.carve(model, config, device_memory, mapped_memory);
+  std::iota(buffers.identity_, buffers.identity_ + config.rows_max, 0);
   return buffers;
 }
 
@@ -106,6 +109,7 @@ RowViews PassBuffers::rows(int32_t begin, int32_t count) const {
   views.expert_outputs = all_.expert_outputs + int64_t{begin} * choices_max_ * all_.residual.cols;
   views.expert_scratch = all_.expert_scratch + begin * scratch_elements_;
   views.pairs = all_.pairs + int64_t{begin} * choices_max_;
+  views.identity = identity_;
   views.tokens = all_.tokens + begin;
   views.positions = all_.positions + begin;
   views.slots = all_.slots + begin;

@@ -13,19 +13,20 @@ namespace moed {
 
 // A run of a pass's rows in its buffers: what one half works on. Does not own.
 struct RowViews {
-  Matrix<float> residual;           // [rows, hidden]
-  Matrix<Bf16> normed;              // [rows, hidden]
-  Matrix<float> qkv;                // [rows, q_size + 2 * kv_size]
-  Matrix<Bf16> q;                   // [rows, q_size]
-  Matrix<Bf16> attention;           // [rows, q_size]
-  Matrix<int32_t> experts;          // [rows, top_k]
-  Matrix<float> expert_weights;     // [rows, choices_max]
-  float* expert_outputs = nullptr;  // room for [rows * choices_max, hidden]
-  Bf16* expert_scratch = nullptr;   // room for the widest FFN of these rows
-  int32_t* pairs = nullptr;         // [rows * choices_max]
-  int32_t* tokens = nullptr;        // [rows]
-  int32_t* positions = nullptr;     // [rows]
-  int64_t* slots = nullptr;         // [rows]
+  Matrix<float> residual;             // [rows, hidden]
+  Matrix<Bf16> normed;                // [rows, hidden]
+  Matrix<float> qkv;                  // [rows, q_size + 2 * kv_size]
+  Matrix<Bf16> q;                     // [rows, q_size]
+  Matrix<Bf16> attention;             // [rows, q_size]
+  Matrix<int32_t> experts;            // [rows, top_k]
+  Matrix<float> expert_weights;       // [rows, choices_max]
+  float* expert_outputs = nullptr;    // room for [rows * choices_max, hidden]
+  Bf16* expert_scratch = nullptr;     // room for the widest FFN of these rows
+  int32_t* pairs = nullptr;           // [rows * choices_max]
+  const int32_t* identity = nullptr;  // [rows]: 0, 1, 2, ...; the pairs of an FFN that is every row's only choice
+  int32_t* tokens = nullptr;          // [rows]
+  int32_t* positions = nullptr;       // [rows]
+  int64_t* slots = nullptr;           // [rows]
 };
 
 // The activations and tables of one pass, taken at start and used by one pass after another. Activations lie in device
@@ -57,6 +58,7 @@ class PassBuffers {
   RowViews all_;
   AttentionSpan* spans_ = nullptr;
   int32_t* block_table_ = nullptr;
+  int32_t* identity_ = nullptr;  // [rows_max]
   int64_t block_table_entries_ = 0;
   int64_t scratch_elements_ = 0;
   int32_t choices_max_ = 0;

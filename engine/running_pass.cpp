@@ -34,7 +34,11 @@ RunningPass::RunningPass(PassSlot& slot, std::span<const StepSequence> sequences
   }
 }
 
-RunningPass::~RunningPass() { slot_->taken = false; }
+RunningPass::~RunningPass() {
+  // The next pass writes its tables where this one's work may still read.
+  slot_->clock.join();
+  slot_->taken = false;
+}
 
 void RunningPass::add(Half& half, const StepSequence& sequence, int64_t& table_used) {
   const int32_t num_tokens = sequence.num_cached + sequence.num_new;
@@ -77,6 +81,8 @@ bool RunningPass::drop(SequenceId id, Stream& stream) {
     const auto dropped =
         std::find_if(half.members.begin(), half.members.end(), [id](const Member& m) { return m.sequence.id == id; });
     if (dropped == half.members.end()) continue;
+    // The host moves tables that the work enqueued so far reads.
+    slot_->clock.join();
     const int32_t gap = dropped->sequence.num_new;
     const auto index = dropped - half.members.begin();
     move_rows_up(half, dropped->row_begin, gap, stream);

@@ -42,7 +42,8 @@ class RunningPass : public PassState {
   RunningPass(const RunningPass&) = delete;
   RunningPass& operator=(const RunningPass&) = delete;
 
-  // Takes a sequence's rows out; those behind it move up. Returns false when the id is not in the pass.
+  // Takes a sequence's rows out; those behind it move up. Waits for what the pass has enqueued. Returns false when the
+  // id is not in the pass.
   bool drop(SequenceId id, Stream& stream);
   bool empty() const;
 

@@ -11,6 +11,7 @@ namespace moed {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr int32_t kFirstCandidates = 64;
 
 LogitsPeak checked_peak(std::span<const float> logits) {
@@ -54,10 +55,13 @@ void apply_penalties(std::span<float> logits, const SampleContext& context, std:
   counts.resize(logits.size());
   const auto penalize = [&](int32_t token, int32_t count) {
     float& logit = logits[token];
+    if (logit == -kInfinity) return;  // masked
     if (params.repetition_penalty != 1.0F) {
       logit = logit > 0.0F ? logit / params.repetition_penalty : logit * params.repetition_penalty;
     }
     if (count > 0) logit -= params.frequency_penalty * static_cast<float>(count) + params.presence_penalty;
+    // A request must not be able to make what broken weights make.
+    logit = std::clamp(logit, -kLargest, kLargest);
   };
   const auto generated = context.tokens.subspan(std::min<size_t>(context.num_prompt, context.tokens.size()));
   for (const int32_t token : generated) {
@@ -144,10 +148,8 @@ size_t prefix_of_mass(std::span<const Candidate> candidates, const Weights& weig
   return 0;
 }
 
-int32_t draw_prefix(std::span<const Candidate> candidates, const Weights& weights, double uniform) {
-  double total = 0.0;
-  for (const Candidate& candidate : candidates) total += weights(candidate.logit);
-  double left = uniform * total;
+// The token at which so much of the mass is passed; rounding may leave a remainder beyond the last.
+int32_t walk(std::span<const Candidate> candidates, const Weights& weights, double left) {
   int32_t chosen = candidates.front().token;
   for (const Candidate& candidate : candidates) {
     const float weight = weights(candidate.logit);
@@ -157,6 +159,39 @@ int32_t draw_prefix(std::span<const Candidate> candidates, const Weights& weight
     left -= weight;
   }
   return chosen;
+}
+
+int32_t draw_prefix(std::span<const Candidate> candidates, const Weights& weights, double uniform) {
+  double total = 0.0;
+  for (const Candidate& candidate : candidates) total += weights(candidate.logit);
+  return walk(candidates, weights, uniform * total);
+}
+
+// draw_prefix() of the shortest prefix that holds `mass`, of a distribution so wide that sorting it would be dear.
+int32_t draw_wide(std::span<const float> logits, const Weights& weights, double mass, double uniform,
+                  SamplerScratch& scratch) {
+  std::vector<double>& masses = scratch.bin_masses;
+  bin_weights(logits, weights.peak, weights.inverse_temperature, weights.weight_min, masses);
+  // The bin in which the prefix ends, and how much of it belongs.
+  double before = 0.0;
+  int32_t last = 0;
+  for (int32_t bin = 0; bin < kNumBins; ++bin) {
+    if (masses[bin] == 0.0) continue;
+    if (bin > 0) before += masses[last];
+    last = bin;
+    if (before + masses[bin] >= mass) break;
+  }
+  collect_bin(logits, weights.peak, weights.inverse_temperature, last, scratch.candidates);
+  const size_t kept = prefix_of_mass(scratch.candidates, weights, mass - before);
+  if (kept > 0) scratch.candidates.resize(kept);
+  double held = 0.0;
+  for (const Candidate& candidate : scratch.candidates) held += weights(candidate.logit);
+
+  double left = uniform * (before + held);
+  int32_t chosen = 0;
+  while (chosen < last && left >= masses[chosen]) left -= masses[chosen++];
+  if (chosen < last) collect_bin(logits, weights.peak, weights.inverse_temperature, chosen, scratch.candidates);
+  return walk(scratch.candidates, weights, left);
 }
 
 int32_t draw(std::span<const float> logits, float peak, const SampleContext& context, SamplerScratch& scratch) {
@@ -177,14 +212,11 @@ int32_t draw(std::span<const float> logits, float peak, const SampleContext& con
     total = sum_weights(logits, peak, weights.inverse_temperature, weights.weight_min, scratch.block_sums);
     top_logits(logits, std::min(kFirstCandidates, vocab), candidates);
   }
-  // Most distributions hold their mass in few tokens: sort more of the vocabulary only when needed.
+  // Most distributions hold their mass in few tokens.
   const double mass = params.top_p * total;
   size_t kept = prefix_of_mass(candidates, weights, mass);
-  for (int32_t count = kFirstCandidates; kept == 0 && top_k == vocab && count < vocab;) {
-    count = static_cast<int32_t>(std::min<int64_t>(int64_t{count} * 8, vocab));
-    top_logits(logits, count, candidates);
-    kept = prefix_of_mass(candidates, weights, mass);
-  }
+  if (kept == 0 && top_k == vocab && vocab > kFirstCandidates)
+    return draw_wide(logits, weights, mass, uniform, scratch);
   if (kept == 0) kept = candidates.size();
   return draw_prefix(std::span(candidates).first(kept), weights, uniform);
 }

@@ -17,11 +17,12 @@ struct SampleContext {
   std::span<const uint32_t> allowed;  // grammar mask, a bit a token; empty: all; tokens beyond its end are not allowed
 };
 
-// Workspaces that calls share. Serving thread only.
+// Workspaces that calls share, of one thread.
 struct SamplerScratch {
   std::vector<float> raw;       // logits before anything changed them
   std::vector<int32_t> counts;  // [vocab], all zero between calls
   std::vector<double> block_sums;
+  std::vector<double> bin_masses;
   std::vector<Candidate> candidates;
 };
 

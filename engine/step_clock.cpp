@@ -11,11 +11,15 @@ void StepClock::mark(Lane lane) {
   marks_.push_back({event, lane});
 }
 
-StepTimes StepClock::times() {
-  StepTimes times;
-  if (marks_.empty()) return times;
+void StepClock::join() const {
+  if (marks_.empty()) return;
   const Status joined = marks_.back().event->join();
   MOED_CHECK(joined.ok()) << joined.message();
+}
+
+StepTimes StepClock::times() {
+  StepTimes times;
+  join();
   for (size_t i = 1; i < marks_.size(); ++i) {
     const double us = marks_[i].event->us_since(*marks_[i - 1].event);
     switch (marks_[i].lane) {

@@ -20,6 +20,8 @@ class StepClock {
   void reset() { marks_.clear(); }
   // The stretch since the last mark belonged to `lane`.
   void mark(Lane lane);
+  // Waits for the last mark; at once when there is none. A failed device ends the process here.
+  void join() const;
   // Waits for the last mark. A failed device ends the process here.
   StepTimes times();
 

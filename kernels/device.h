@@ -6,6 +6,7 @@
 #include <string_view>
 #include <utility>
 
+#include "base/function_ref.h"
 #include "base/status.h"
 
 namespace moed {
@@ -95,6 +96,13 @@ class Device {
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races
   // checks it, others do nothing.
   virtual void host_access(const void*, int64_t /*bytes*/, Access) {}
+  // Host code on the device's compute threads of the host, the calling one among them: fn(index, thread) for each index
+  // in [0, count), thread in [0, num_host_threads()). Returns when all are done; fn may neither enqueue ops nor call
+  // it.
+  virtual int num_host_threads() const { return 1; }
+  virtual void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) {
+    for (int64_t index = 0; index < count; ++index) fn(index, 0);
+  }
 
  private:
   friend class Buffer;

@@ -71,7 +71,7 @@ struct ModelConfig {
   int32_t hidden_size = 0;
   int32_t num_layers = 0;
   int32_t vocab_size = 0;
-  int32_t max_positions = 0;            // config.json's max_position_embeddings
+  int32_t max_positions = 0;            // config.json's max_position_embeddings, or what yarn stretches it to
   int32_t dense_intermediate_size = 0;  // of layers of kind kDense
   float rms_norm_eps = 1e-6F;
   bool tied_embeddings = false;

@@ -191,6 +191,13 @@ ModelConfig parse_common(Fields& fields, const CommonDefaults& defaults) {
   attention.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(attention.head_dim)));
 
   config.rope = parse_rope(fields, config, defaults.rope_theta);
+  if (config.rope.scaling == RopeConfig::Scaling::kYarn) {
+    // Qwen's model cards have rope_scaling added and max_position_embeddings left as it was; vLLM's max_model_len is
+    // this product too. Never less than what the checkpoint names itself.
+    const double stretched = config.rope.original_max_positions * config.rope.factor;
+    const double capped = std::min(stretched, static_cast<double>(kPositionsMax));
+    config.max_positions = std::max(config.max_positions, static_cast<int32_t>(capped));
+  }
   config.eos_token_ids = parse_eos(
       fields, defaults.eos_token_id < 0 ? std::vector<int32_t>{} : std::vector<int32_t>{defaults.eos_token_id});
   refuse_unsupported(fields, config, defaults.window_flag);
@@ -264,13 +271,14 @@ std::vector<int32_t> parse_eos(Fields& fields, std::vector<int32_t> fallback) {
 
 GenerationDefaults parse_generation(Fields& fields, const ModelConfig& config) {
   GenerationDefaults out;
+  // The bounds are those of a request, whose defaults these become.
   // do_sample is not read: like vLLM, a server takes the numbers that are given and lets each request decide.
-  out.temperature = fields.number("temperature", 1.0, 0.0, 1e6);
+  out.temperature = fields.number("temperature", 1.0, 0.0, 2.0);
   out.top_p = fields.number("top_p", 1.0, 0.0, 1.0);
   if (out.top_p == 0.0) fields.refuse("top_p", "a number above 0 and at most 1");
   out.top_k = std::max(0, fields.int32("top_k", 0, -1, INT32_MAX));
   out.min_p = fields.number("min_p", 0.0, 0.0, 1.0);
-  out.repetition_penalty = fields.number("repetition_penalty", 1.0, 1e-6, 1e6);
+  out.repetition_penalty = fields.number("repetition_penalty", 1.0, 0.01, 100.0);
   out.eos_token_ids = parse_eos(fields, config.eos_token_ids);
   std::erase_if(out.eos_token_ids, [&](int32_t id) { return id >= config.vocab_size; });
   return out;

@@ -28,9 +28,19 @@ struct ExpertCosts {
 // What a pass looks like to the planner: numbers only.
 struct StepShape {
   int32_t num_sequences = 0;
-  int32_t num_rows = 0;        // new tokens of all sequences
-  int32_t num_sampled = 0;     // rows that need logits
-  int64_t context_tokens = 0;  // sum over sequences of tokens that attention reads
+  int32_t num_rows = 0;         // new tokens of all sequences
+  int32_t num_sampled = 0;      // rows that need logits
+  int64_t context_tokens = 0;   // sum over sequences of tokens that attention reads
+  int64_t attended_tokens = 0;  // sum over rows of the tokens that a row attends to
+
+  // A sequence's rows of tokens [num_cached, num_cached + num_new).
+  void add(int32_t num_cached, int32_t num_new, bool samples) {
+    ++num_sequences;
+    num_rows += num_new;
+    num_sampled += samples ? 1 : 0;
+    context_tokens += num_cached + num_new;
+    attended_tokens += int64_t{num_new} * num_cached + int64_t{num_new} * (num_new + 1) / 2;
+  }
 };
 
 // What the engine is to do in one pass. A value: policies make it, validate() checks it, the engine carries out any

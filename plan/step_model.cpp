@@ -14,15 +14,12 @@ constexpr double kSmoothing = 1.0 / 8.0;
 constexpr double kFirstSmoothing = 1.0 / 2.0;
 constexpr double kBytesPerWeight = 2.0;  // bf16
 
-double corrected(double value, double prior, double exponent, double log_ratio) {
-  return std::clamp(value * std::exp(exponent * log_ratio), prior / kPriorFactor, prior * kPriorFactor);
-}
-
 StepShape together(const StepShape& a, const StepShape& b) {
   return {.num_sequences = a.num_sequences + b.num_sequences,
           .num_rows = a.num_rows + b.num_rows,
           .num_sampled = a.num_sampled + b.num_sampled,
-          .context_tokens = a.context_tokens + b.context_tokens};
+          .context_tokens = a.context_tokens + b.context_tokens,
+          .attended_tokens = a.attended_tokens + b.attended_tokens};
 }
 
 // Weights whose products one row takes part in: all dense ones but the embedding table, and the chosen experts.
@@ -38,9 +35,18 @@ double active_weights(const ModelConfig& config) {
 
 }  // namespace
 
+double StepModel::sweep_us(int32_t num_rows) const {
+  return costs_.dense_us + costs_.experts_us * (1.0 - std::pow(1.0 - costs_.expert_share, num_rows));
+}
+
+double StepModel::attention_us(const StepShape& shape) const {
+  return std::max(static_cast<double>(shape.context_tokens) * costs_.context_us,
+                  static_cast<double>(shape.attended_tokens) * costs_.attended_us);
+}
+
 double StepModel::predict_us(const StepShape& shape) const {
   if (shape.num_rows == 0) return 0.0;
-  return std::max(sweep_us_, shape.num_rows * row_us_) + static_cast<double>(shape.context_tokens) * context_us_;
+  return std::max(sweep_us(shape.num_rows), shape.num_rows * costs_.row_us) + attention_us(shape);
 }
 
 bool StepModel::share_sweep(const StepShape& light, const StepShape& heavy) const {
@@ -59,26 +65,43 @@ void Tracker::observe(const StepShape& shape, double measured_us) {
   const double limit = std::log(kOutlierFactor);
   const double log_ratio = std::clamp(std::log(measured_us / predicted_us), -limit, limit);
   const double smoothing = std::clamp(1.0 / static_cast<double>(num_observed_), kSmoothing, kFirstSmoothing);
-  const double attention = static_cast<double>(shape.context_tokens) * model_.context_us() / predicted_us;
-  const bool row_bound = shape.num_rows * model_.row_us() > model_.sweep_us();
+  const StepCosts& now = model_.costs();
+  const StepCosts& prior = prior_.costs();
+  const double attention = model_.attention_us(shape) / predicted_us;
+  const bool row_bound = shape.num_rows * now.row_us > model_.sweep_us(shape.num_rows);
+  const bool product_bound = static_cast<double>(shape.attended_tokens) * now.attended_us >
+                             static_cast<double>(shape.context_tokens) * now.context_us;
   // The smallest change of the parameters' logarithms that moves the prediction's by `step`.
   const double norm = attention * attention + (1.0 - attention) * (1.0 - attention);
-  const double product_share = (1.0 - attention) / norm;
-  const double sweep_share = row_bound ? 0.0 : product_share;
-  const double row_share = row_bound ? product_share : 0.0;
   const double step = smoothing * log_ratio;
-  model_ = StepModel(corrected(model_.sweep_us(), prior_.sweep_us(), sweep_share, step),
-                     corrected(model_.row_us(), prior_.row_us(), row_share, step),
-                     corrected(model_.context_us(), prior_.context_us(), attention / norm, step));
+  const double weights_step = step * (1.0 - attention) / norm;
+  const double attention_step = step * attention / norm;
+  const auto moved = [](double value, double from, double by) {
+    return std::clamp(value * std::exp(by), from / kPriorFactor, from * kPriorFactor);
+  };
+  StepCosts next = now;
+  if (row_bound) {
+    next.row_us = moved(now.row_us, prior.row_us, weights_step);
+  } else {
+    next.dense_us = moved(now.dense_us, prior.dense_us, weights_step);
+    next.experts_us = moved(now.experts_us, prior.experts_us, weights_step);
+  }
+  if (product_bound) {
+    next.attended_us = moved(now.attended_us, prior.attended_us, attention_step);
+  } else {
+    next.context_us = moved(now.context_us, prior.context_us, attention_step);
+  }
+  model_ = StepModel(next);
 }
 
 StepModel prior_step_model(const ModelConfig& config, double bytes_per_us, double flops_per_us) {
-  const auto weight_bytes = static_cast<double>(dense_weight_bytes(config) + expert_weight_bytes(config));
-  const double flops_per_row = 2.0 * active_weights(config);
-  const double context_flops = 4.0 * config.q_size() * config.num_layers;
-  const auto context_bytes = static_cast<double>(config.kv_bytes_per_token());
-  return StepModel(weight_bytes / bytes_per_us, flops_per_row / flops_per_us,
-                   std::max(context_flops / flops_per_us, context_bytes / bytes_per_us));
+  const auto num_experts = static_cast<double>(config.moe.num_experts);
+  return StepModel(StepCosts{.dense_us = static_cast<double>(dense_weight_bytes(config)) / bytes_per_us,
+                             .experts_us = static_cast<double>(expert_weight_bytes(config)) / bytes_per_us,
+                             .expert_share = num_experts > 0.0 ? config.moe.router.top_k / num_experts : 0.0,
+                             .row_us = 2.0 * active_weights(config) / flops_per_us,
+                             .context_us = static_cast<double>(config.kv_bytes_per_token()) / bytes_per_us,
+                             .attended_us = 4.0 * config.q_size() * config.num_layers / flops_per_us});
 }
 
 }  // namespace moed

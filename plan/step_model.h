@@ -4,31 +4,46 @@
 
 namespace moed {
 
-// What a pass costs on this machine. Pure; thread-compatible. Now the simplest model that can weigh a sweep of the
-// weights against products: time = max(weight bytes / bandwidth, rows * us a row) + attention. The calibrated model of
+// What a pass costs on this machine, microseconds.
+struct StepCosts {
+  double dense_us = 0.0;      // reading once each weight that every pass reads
+  double experts_us = 0.0;    // reading once all experts
+  double expert_share = 0.0;  // of a layer's experts, those that one row chooses: top_k / num_experts
+  double row_us = 0.0;        // products of one row
+  double context_us = 0.0;    // attention: reading the KV of one token
+  double attended_us = 0.0;   // attention: products of one row with one token
+};
+
+// Predicts a pass. Pure; thread-compatible. Now the simplest model that can weigh a sweep of the weights against
+// products: time = max(sweep, products) + attention, attention = max(KV read, products); the sweep reads the dense
+// weights and the experts that some row chooses, as if rows chose independently and evenly. The calibrated model of
 // performance-model.md takes its place.
 class StepModel {
  public:
   StepModel() = default;
-  // sweep_us: reading each weight that a pass touches once. row_us: products of one row. context_us: attention to one
-  // token.
+  explicit StepModel(const StepCosts& costs) : costs_(costs) {}
+  // Every pass sweeps all weights, in sweep_us; attention costs what reading does.
   StepModel(double sweep_us, double row_us, double context_us)
-      : sweep_us_(sweep_us), row_us_(row_us), context_us_(context_us) {}
+      : costs_{.dense_us = sweep_us, .row_us = row_us, .context_us = context_us} {}
 
   double predict_us(const StepShape& shape) const;
 
   // True when rows of `light` should ride in the pass of `heavy` instead of interrupting it: the delay that the light
-  // pass's sequences suffer is less than the sweep that sharing saves. False when light is empty.
+  // pass's sequences suffer is less than the sweep that sharing saves. A shared pass then takes less than twice what
+  // the light one alone would, however heavy the other is. False when light is empty.
   bool share_sweep(const StepShape& light, const StepShape& heavy) const;
 
-  double sweep_us() const { return sweep_us_; }
-  double row_us() const { return row_us_; }
-  double context_us() const { return context_us_; }
+  const StepCosts& costs() const { return costs_; }
+  // Of all weights.
+  double sweep_us() const { return costs_.dense_us + costs_.experts_us; }
+  double row_us() const { return costs_.row_us; }
+  double context_us() const { return costs_.context_us; }
+  // Of the weights that a pass of so many rows reads.
+  double sweep_us(int32_t num_rows) const;
+  double attention_us(const StepShape& shape) const;
 
  private:
-  double sweep_us_ = 0.0;
-  double row_us_ = 0.0;
-  double context_us_ = 0.0;
+  StepCosts costs_;
 };
 
 // Follows measured passes. Serving thread only.
@@ -36,7 +51,7 @@ class StepModel {
 // The logarithm of measured / predicted, clamped to a factor of 2 either way, moves the model by a share of 1/8 (more
 // for the first few passes): a lasting change by a factor of 3 is followed to within 10% in about 20 passes, a single
 // outlier moves the model by at most 9%. Each parameter takes the part of the correction that its term has in the
-// prediction, and stays within a factor of 64 of the prior.
+// prediction (both sweeps alike), and stays within a factor of 64 of the prior.
 class Tracker {
  public:
   explicit Tracker(StepModel prior) : prior_(prior), model_(prior) {}

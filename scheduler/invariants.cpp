@@ -43,7 +43,7 @@ void Scheduler::State::check_requests() const {
     MOED_CHECK(num_open + num_leaving > 0) << "request " << id << " has ended but stays";
     num_with_queued += num_queued > 0 ? 1 : 0;
     num_new += request->started ? 0 : 1;
-    num_new_tokens += request->started ? 0 : request->leader->num_prompt;
+    num_new_tokens += request->started ? 0 : request->num_prompt_tokens();
     num_sequences_leaving += num_leaving;
   }
   MOED_CHECK(num_waiting == static_cast<int32_t>(waiting.size())) << "a waiting sequence without request";

@@ -10,6 +10,9 @@ namespace {
 // Sequences asked for ahead of their use: enough to hide main memory behind the work on those before.
 constexpr size_t kPrefetchAhead = 12;
 
+// Bulk passes in a row that decode rows may share.
+constexpr int32_t kSharedBulkMax = 15;
+
 bool contains(const std::vector<int32_t>& ids, int32_t token) { return std::ranges::find(ids, token) != ids.end(); }
 
 }  // namespace
@@ -36,24 +39,51 @@ bool Scheduler::State::fill_bulk(const StepModel& model) {
   if (heavy.num_rows == 0) return false;
   collect_decodes(config.pass_rows_max / 2);
   StepShape light;
-  for (const Sequence* sequence : decodes) light.context_tokens += static_cast<int64_t>(sequence->tokens.size());
-  light.num_sequences = light.num_rows = light.num_sampled = static_cast<int32_t>(decodes.size());
-  if (model.share_sweep(light, heavy)) {
+  for (const Sequence* sequence : decodes) light.add(sequence->num_cached, 1, true);
+  // Passes in which they ride teach the model nothing of what decode rows alone cost.
+  const bool share = num_shared_bulk < kSharedBulkMax && model.share_sweep(light, heavy);
+  num_shared_bulk = share ? num_shared_bulk + 1 : 0;
+  if (share) {
     grow_decodes();
     // Growth may have preempted the very prefills that were to carry the decode rows.
     if (bulk_shape().num_rows == 0) return false;
   } else {
     decodes.clear();
   }
-  LivePass& live = pass(PassKind::kBulk);
   for (Sequence* sequence : decodes) pick(PassKind::kBulk, *sequence, 1);
-  for (Sequence* sequence : prefilling) {
-    const int32_t room = config.pass_rows_max - live.shape.num_rows;
-    if (room == 0) break;
-    if (!sequence->pass && is_bulk(*sequence))
-      pick(PassKind::kBulk, *sequence, std::min(sequence->num_missing(), room));
-  }
+  collect_chunks(config.pass_rows_max - static_cast<int32_t>(decodes.size()));
+  for (const Chunk& chunk : chunks) pick(PassKind::kBulk, *chunk.sequence, chunk.num_new);
   return true;
+}
+
+// `chunks`: what a bulk pass with room for so many rows takes, in order. The first prompt takes what it can, but a
+// quarter of a pass is kept for the one of the others that is done soonest: behind a prompt of many passes each shorter
+// one would wait for all of them, and among the shorter ones the shortest first keeps the sum of their waits smallest.
+void Scheduler::State::collect_chunks(int32_t room) {
+  chunks.clear();
+  Sequence* first = nullptr;
+  Sequence* soonest = nullptr;
+  for (Sequence* sequence : prefilling) {
+    if (sequence->pass || !is_bulk(*sequence)) continue;
+    if (first == nullptr) {
+      first = sequence;
+    } else if (soonest == nullptr || sequence->num_missing() < soonest->num_missing()) {
+      soonest = sequence;
+    }
+  }
+  int32_t kept = 0;
+  if (soonest != nullptr) {
+    kept = std::min({soonest->num_missing(), std::max(config.pass_rows_max / 4, 1), room - 1});
+  }
+  for (Sequence* sequence : prefilling) {
+    if (room == 0) break;
+    if (sequence->pass || !is_bulk(*sequence)) continue;
+    if (sequence == soonest) kept = 0;
+    const int32_t num_new = std::min(sequence->num_missing(), room - kept);
+    if (num_new == 0) continue;
+    chunks.push_back({sequence, num_new});
+    room -= num_new;
+  }
 }
 
 int32_t Scheduler::State::short_prefill_rows() const {
@@ -66,17 +96,11 @@ int32_t Scheduler::State::short_prefill_rows() const {
 }
 
 // The chunks that a bulk pass would take if nothing shared it.
-StepShape Scheduler::State::bulk_shape() const {
+StepShape Scheduler::State::bulk_shape() {
+  collect_chunks(config.pass_rows_max);
   StepShape shape;
-  for (const Sequence* sequence : prefilling) {
-    const int32_t room = config.pass_rows_max - shape.num_rows;
-    if (room == 0) break;
-    if (sequence->pass || !is_bulk(*sequence)) continue;
-    const int32_t num_new = std::min(sequence->num_missing(), room);
-    ++shape.num_sequences;
-    shape.num_rows += num_new;
-    shape.num_sampled += num_new == sequence->num_missing() ? 1 : 0;
-    shape.context_tokens += sequence->num_cached + num_new;
+  for (const auto& [sequence, num_new] : chunks) {
+    shape.add(sequence->num_cached, num_new, num_new == sequence->num_missing() && sequence->max_tokens > 0);
   }
   return shape;
 }
@@ -117,6 +141,7 @@ void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) 
   sequence.pass = kind;
   sequence.pass_index = static_cast<int32_t>(live.steps.size());
   sequence.turn = ++last_turn;
+  if (!sequence.reported && sequence.request->scheduled_us == 0) sequence.request->scheduled_us = now_us;
   live.sequences.push_back(&sequence);
   live.steps.push_back({.tokens = sequence.tokens,
                         .id = sequence.id,
@@ -129,10 +154,7 @@ void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) 
                         .blocks = std::span<const int32_t>(sequence.blocks).first(blocks_for(end)),
                         .sampling = samples ? &sequence.sampling : nullptr,
                         .allowed = {}});
-  ++live.shape.num_sequences;
-  live.shape.num_rows += num_new;
-  live.shape.num_sampled += samples ? 1 : 0;
-  live.shape.context_tokens += end;
+  live.shape.add(sequence.num_cached, num_new, samples);
 }
 
 // Brings in what commit_step() will touch of later sequences of the pass.
@@ -164,6 +186,7 @@ void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence,
   if (!sequence.reported) {
     sequence.reported = true;
     event.num_cached_tokens = sequence.request->num_cached_prompt;
+    event.scheduled_us = sequence.request->scheduled_us;
     event.prompt_scores = std::move(sequence.prompt_scores);
   }
   if (event.has_token) {
@@ -211,6 +234,7 @@ void Scheduler::State::register_blocks(Sequence& sequence) {
   while ((sequence.num_hashed_blocks + 1) * config.block_tokens <= sequence.num_cached) {
     const int32_t index = sequence.num_hashed_blocks++;
     const int32_t block = sequence.blocks[index];
+    blocked_head = 0;  // it may need fewer blocks now
     // A block shared with a sibling may be known already.
     sequence.prefix =
         cache.contains(block)

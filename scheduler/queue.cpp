@@ -32,9 +32,10 @@ Status Scheduler::State::check_fits(const RequestSpec& spec) const {
     return Status(StatusCode::kResourceExhausted,
                   "the queue is full: " + std::to_string(num_unstarted) + " requests wait (limit queue_max)");
   }
-  if (config.queue_tokens_max > 0 && num_unstarted_tokens + num_prompt > config.queue_tokens_max && num_unstarted > 0) {
+  const int64_t num_copied = num_prompt * spec.n;
+  if (config.queue_tokens_max > 0 && num_unstarted_tokens + num_copied > config.queue_tokens_max && num_unstarted > 0) {
     return Status(StatusCode::kResourceExhausted, "the queue is full: " + std::to_string(num_unstarted_tokens) +
-                                                      " prompt tokens wait, " + std::to_string(num_prompt) +
+                                                      " prompt tokens wait, " + std::to_string(num_copied) +
                                                       " more would pass queue_tokens_max " +
                                                       std::to_string(config.queue_tokens_max));
   }
@@ -61,7 +62,7 @@ void Scheduler::State::enqueue(RequestSpec spec) {
   request->spec = std::move(spec);
   request->leader = request->sequences.front().get();
   ++num_unstarted;
-  num_unstarted_tokens += request->leader->num_prompt;
+  num_unstarted_tokens += request->num_prompt_tokens();
   for (const auto& sequence : request->sequences) {
     enter_queue(*sequence, sequence.get() == request->leader ? Phase::kWaiting : Phase::kFollowing);
   }
@@ -98,7 +99,8 @@ void Scheduler::State::leave_running(Sequence& sequence) {
 void Scheduler::State::admit() {
   while (!waiting.empty() && static_cast<int32_t>(running.size()) < config.sequences_max) {
     Sequence& head = **waiting.begin();
-    // Looking up a long prompt again is worth it only when there is more room than last time.
+    // Looking up a long prompt again is worth it only when there is more room than last time, or more to be shared
+    // (then there is no blocked head).
     if (blocked_head == head.id && allocator.num_free() <= blocked_num_free) return;
     if (!start(head)) {
       blocked_head = head.id;
@@ -144,7 +146,7 @@ bool Scheduler::State::start(Sequence& sequence) {
   if (!request.started) {
     request.started = true;
     --num_unstarted;
-    num_unstarted_tokens -= sequence.num_prompt;
+    num_unstarted_tokens -= request.num_prompt_tokens();
     request.num_cached_prompt = num_hit;
     if (config.prefix_cache && !needs_scores(sequence)) {
       prefix_queries_tokens += sequence.num_prompt;
@@ -279,7 +281,7 @@ void Scheduler::State::erase_if_gone(ActiveRequest& request) {
   if (request.num_open > 0 || request.num_leaving > 0) return;
   if (!request.started) {
     --num_unstarted;
-    num_unstarted_tokens -= request.sequences.front()->num_prompt;
+    num_unstarted_tokens -= request.num_prompt_tokens();
   }
   requests.erase(request.spec.id);
 }

@@ -1,16 +1,15 @@
 #include "scheduler/request.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cstdio>
 #include <string>
 
 namespace moed {
 namespace {
 
 std::string number(float value) {
-  std::string text = std::to_string(value);
-  text.erase(text.find_last_not_of('0') + 1);
-  if (text.back() == '.') text.pop_back();
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", static_cast<double>(value));
   return text;
 }
 
@@ -48,9 +47,8 @@ Status check_sampling(const SamplingParams& sampling, const RequestLimits& limit
   }
   MOED_RETURN_IF_ERROR(check_range(sampling.presence_penalty, -2.0F, 2.0F, "presence_penalty"));
   MOED_RETURN_IF_ERROR(check_range(sampling.frequency_penalty, -2.0F, 2.0F, "frequency_penalty"));
-  if (!(sampling.repetition_penalty > 0.0F) || !std::isfinite(sampling.repetition_penalty)) {
-    return invalid_argument("repetition_penalty must be a finite number above 0", "repetition_penalty");
-  }
+  MOED_RETURN_IF_ERROR(
+      check_range(sampling.repetition_penalty, kRepetitionPenaltyMin, kRepetitionPenaltyMax, "repetition_penalty"));
   MOED_RETURN_IF_ERROR(check_count(sampling.num_logprobs, -1, limits.logprobs_max, "logprobs"));
   MOED_RETURN_IF_ERROR(
       check_count(static_cast<int64_t>(sampling.logit_bias.size()), 0, limits.logit_bias_max, "logit_bias"));

@@ -14,6 +14,10 @@ using RequestId = int64_t;
 
 enum class FinishReason : uint8_t { kNone, kStop, kLength, kCancelled, kError };
 
+// Beyond these a penalty says nothing more, and logits leave the range of floats.
+inline constexpr float kRepetitionPenaltyMin = 0.01F;
+inline constexpr float kRepetitionPenaltyMax = 100.0F;
+
 struct RequestLimits {
   int32_t vocab_size = 0;
   int32_t max_model_len = 0;

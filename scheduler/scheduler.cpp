@@ -49,12 +49,13 @@ void Scheduler::dropped(SequenceId id) {
   if (found != state_->leaving.end()) state_->leave(*found->second);
 }
 
-std::span<const StepSequence> Scheduler::schedule(PassKind kind, const StepModel& model, int64_t) {
+std::span<const StepSequence> Scheduler::schedule(PassKind kind, const StepModel& model, int64_t now_us) {
   LivePass& pass = state_->pass(kind);
   MOED_CHECK(!pass.live) << "a pass of that kind is live";
   pass.steps.clear();
   pass.sequences.clear();
   pass.shape = {};
+  state_->now_us = now_us;
   state_->pass_copies.clear();
   state_->admit();
   pass.live = kind == PassKind::kInteractive ? state_->fill_interactive() : state_->fill_bulk(model);

@@ -20,7 +20,7 @@ struct SchedulerConfig {
   int32_t pass_rows_max = 512;   // rows of one pass, and so the longest chunk
   int32_t sequences_max = 256;   // sequences that run at once
   int32_t queue_max = 1024;      // requests that wait
-  int64_t queue_tokens_max = 0;  // prompt tokens that wait; 0: no limit
+  int64_t queue_tokens_max = 0;  // prompt tokens that wait, a copy a choice; 0: no limit
   int32_t bulk_rows_min = 64;    // a prefill of more rows is bulk
   int32_t reserve_blocks = 1;    // admission needs the prompt's blocks and these
   bool prefix_cache = true;
@@ -36,6 +36,7 @@ struct TokenEvent {
   FinishReason finish = FinishReason::kNone;
   int32_t stop_token = -1;                 // the EOS or stop id that ended it
   int32_t num_cached_tokens = 0;           // of the prompt, from the prefix cache; set on the first event of a choice
+  int64_t scheduled_us = 0;                // schedule()'s now_us of the request's first pass; set likewise
   std::vector<ScoredToken> prompt_scores;  // of prompt[1..], once, on the first event of choice 0, when asked for
 };
 
@@ -83,9 +84,10 @@ class Scheduler {
   std::vector<LiveSequence> finish_choice(RequestId request, int32_t choice, FinishReason reason);
   void dropped(SequenceId id);
 
-  // The sequences of the next pass of that kind; empty: nothing to do. kBulk: one long prefill's chunk (and what shares
-  // its sweep). kInteractive: decode rows and short prefills that are in no live pass. The spans stay valid until
-  // commit() of that pass. REQUIRES: no live pass of that kind.
+  // The sequences of the next pass of that kind; empty: nothing to do. kBulk: chunks of long prefills (and what shares
+  // their sweep); a quarter of the rows is kept for the shortest of those behind the first. kInteractive: decode rows
+  // and short prefills that are in no live pass. The spans stay valid until commit() of that pass. REQUIRES: no live
+  // pass of that kind.
   std::span<const StepSequence> schedule(PassKind kind, const StepModel& model, int64_t now_us);
   // Copies that the pass just scheduled needs first.
   std::span<const BlockCopy> block_copies() const;

@@ -67,6 +67,12 @@ struct ActiveRequest {
   int32_t num_leaving = 0;                           // choices that ended inside a live pass
   int32_t num_queued = 0;                            // choices in phase kFollowing or kWaiting
   int32_t num_cached_prompt = 0;                     // prompt tokens that the prefix cache spared the first choice
+
+  // Each choice keeps its own copy of the prompt.
+  int64_t num_prompt_tokens() const {
+    return int64_t{sequences.front()->num_prompt} * static_cast<int64_t>(sequences.size());
+  }
+  int64_t scheduled_us = 0;  // when its first pass was scheduled
 };
 
 // Who goes first: priority, then arrival.

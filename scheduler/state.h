@@ -21,6 +21,12 @@ struct LivePass {
   StepShape shape;
 };
 
+// Rows that a pass takes of a prefill.
+struct Chunk {
+  Sequence* sequence = nullptr;
+  int32_t num_new = 0;
+};
+
 // The scheduler's insides. queue.cpp: who waits, runs and ends, and with which blocks. passes.cpp: what a pass takes
 // and gives.
 struct Scheduler::State {
@@ -63,7 +69,8 @@ struct Scheduler::State {
   bool is_bulk(const Sequence& sequence) const { return sequence.num_missing() > config.bulk_rows_min; }
   void collect_decodes(int32_t rows_max);
   void grow_decodes();
-  StepShape bulk_shape() const;
+  void collect_chunks(int32_t room);
+  StepShape bulk_shape();
   void pick(PassKind kind, Sequence& sequence, int32_t num_new);
   void prefetch_step(const LivePass& live, size_t index) const;
   void commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output);
@@ -90,15 +97,18 @@ struct Scheduler::State {
   std::vector<BlockCopy> pass_copies;  // of the pass that was scheduled last
   std::vector<TokenEvent> events;      // of the last commit()
   std::vector<Sequence*> decodes;      // scratch of fill_*: sequences that need one row,
-  std::vector<Sequence*> needy;        // and those of them whose row has no slot yet
+  std::vector<Sequence*> needy;        // and those of them whose row has no slot yet,
+  std::vector<Chunk> chunks;           // and chunks of long prefills
 
   SequenceId blocked_head = 0;   // the head of the queue that did not fit,
   int64_t blocked_num_free = 0;  // when so many blocks were free
   int64_t num_added = 0;
   SequenceId last_sequence_id = 0;
+  int64_t now_us = 0;  // of the last schedule()
   int64_t last_turn = 0;
+  int32_t num_shared_bulk = 0;       // the last so many bulk passes carried decode rows
   int32_t num_unstarted = 0;         // requests no choice of which was ever admitted
-  int64_t num_unstarted_tokens = 0;  // their prompts
+  int64_t num_unstarted_tokens = 0;  // their prompts, one a choice
   int32_t num_waiting_requests = 0;
   int64_t num_preemptions = 0;
   int64_t prefix_queries_tokens = 0;

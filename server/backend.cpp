@@ -6,6 +6,7 @@
 #include <sstream>
 #include <utility>
 
+#include "base/cgroup.h"
 #include "base/log.h"
 #include "base/thread_pool.h"
 #include "engine/open_engine.h"
@@ -55,13 +56,6 @@ int64_t meminfo_bytes(const std::string& key) {
   return std::numeric_limits<int64_t>::max();
 }
 
-// A number of a cgroup v2 file; the largest int64 when it says "max" or is not there.
-int64_t cgroup_bytes(const std::string& name) {
-  std::ifstream file("/sys/fs/cgroup/" + name);
-  int64_t bytes = 0;
-  return file >> bytes ? bytes : std::numeric_limits<int64_t>::max();
-}
-
 StatusOr<std::unique_ptr<TensorSource>> open_source(const Settings& settings, const Model& model) {
   if (settings.model.load_format == "dummy") return dummy_weights(model, kDummySeed);
   MOED_ASSIGN_OR_RETURN(auto source, open_checkpoint(settings.model.path));
@@ -75,9 +69,7 @@ StatusOr<std::unique_ptr<TensorSource>> open_source(const Settings& settings, co
 
 MachineMemory machine_memory() {
   MachineMemory memory{meminfo_bytes("MemAvailable"), "MemAvailable"};
-  const int64_t limit = cgroup_bytes("memory.max");
-  if (limit == std::numeric_limits<int64_t>::max()) return memory;
-  const int64_t headroom = std::max<int64_t>(0, limit - cgroup_bytes("memory.current"));
+  const int64_t headroom = cgroup_limits().memory_headroom_bytes;
   if (headroom < memory.host_free_bytes) memory = {headroom, "cgroup memory.max"};
   return memory;
 }
@@ -114,6 +106,7 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   device.device = settings.device.device;
   device.num_threads = static_cast<int>(settings.device.threads);
   device.deterministic = settings.device.deterministic;
+  device.memory_gib = settings.device.device_memory_gib;
   const int threads = device.num_threads > 0 ? device.num_threads : default_compute_threads();
   const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, kPriorFlopsPerUsPerThread * threads);
   auto backend = std::make_unique<LoadedBackend>(std::move(weights), std::move(experts), std::move(budget), prior);

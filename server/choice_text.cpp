@@ -57,7 +57,9 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
     end(event.finish, delta);
   }
   delta.num_tokens = num_tokens_;
-  if (!delta.text.empty() || !delta.tokens.empty() || delta.finish != FinishReason::kNone) {
+  // The first token shows that the answer has begun, even while its text is held.
+  const bool begins = event.has_token && num_tokens_ == 1;
+  if (begins || !delta.text.empty() || !delta.tokens.empty() || delta.finish != FinishReason::kNone) {
     deltas.push_back(std::move(delta));
   }
   return stopped && event.finish == FinishReason::kNone;

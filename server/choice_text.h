@@ -32,7 +32,8 @@ class ChoiceText {
   ChoiceText(const Tokenizer& tokenizer, int32_t choice, ChoiceTextOptions options,
              std::span<const int32_t> prompt_tail);
 
-  // Adds what the event makes certain to `deltas` (at most one delta). Events after the end are ignored.
+  // Adds what the event makes certain to `deltas` (at most one delta; one without text for a first token whose text is
+  // held). Events after the end are ignored.
   // Returns true when a stop string ended the choice here: the scheduler does not know yet.
   StatusOr<bool> push(const TokenEvent& event, std::vector<Delta>& deltas);
 

@@ -54,6 +54,13 @@ std::optional<std::string> tokenizer_eos(const std::string& model_dir) {
   return std::nullopt;
 }
 
+// What a call's task keeps in memory while it waits.
+int64_t text_bytes(const GenerationParams& params) {
+  size_t bytes = params.messages_json.size() + params.template_kwargs_json.size();
+  for (const PromptInput& prompt : params.prompts) bytes += prompt.text.size() + prompt.ids.size() * sizeof(int64_t);
+  return static_cast<int64_t>(bytes);
+}
+
 std::string joined(const std::vector<std::string>& names) {
   std::string text;
   for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
@@ -79,7 +86,8 @@ Daemon::Daemon(Settings settings, ApiKeys keys)
       names_(served_names(settings_)),
       created_s_(std::time(nullptr)),
       metrics_(names_.front()),
-      text_pool_(std::make_unique<TextPool>(kTextThreads, static_cast<size_t>(settings_.scheduler.queue_max))) {}
+      text_pool_(std::make_unique<TextPool>(kTextThreads, static_cast<size_t>(settings_.scheduler.queue_max),
+                                            settings_.limits.queued_text_bytes_max)) {}
 
 Daemon::~Daemon() {
   stop();
@@ -135,6 +143,7 @@ Status Daemon::load(const BackendFactory& factory) {
   context.tokenizer = loaded->tokenizer.get();
   context.chat_template = loaded->chat_template.get();
   context.defaults = loaded->model.generation;
+  if (const std::string line = clamp_defaults(context.defaults); !line.empty()) spdlog::warn("{}", line);
   context.eos_token_ids = loaded->model.generation.eos_token_ids;
   if (const auto eos = tokenizer_eos(settings_.model.path)) {
     const auto id = loaded->tokenizer->token_to_id(*eos);
@@ -190,19 +199,18 @@ std::shared_ptr<Generation> Daemon::start(GenerationParams params, std::function
     return generation;
   }
   // A weak pointer: a door that gave up before its turn came costs no work.
-  const bool posted =
-      text_pool_->try_post([this, loaded, weak = std::weak_ptr(generation), params = std::move(params)] {
+  const int64_t bytes = text_bytes(params);
+  status = text_pool_->try_post(
+      [this, loaded, weak = std::weak_ptr(generation), params = std::move(params)] {
         const auto alive = weak.lock();
         if (alive == nullptr || alive->cancelled()) return;
         auto valid = validate(params, loaded->context);
         if (!valid.ok()) return alive->refuse(valid.status());
         const RequestId first = next_request_.fetch_add(static_cast<RequestId>(valid->requests.size()));
         alive->run(std::move(*valid), request_limits(loaded->context), first, kEventsMax);
-      });
-  if (!posted) {
-    generation->refuse(
-        Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
-  }
+      },
+      bytes);
+  if (!status.ok()) generation->refuse(std::move(status));
   return generation;
 }
 
@@ -210,24 +218,17 @@ void Daemon::tokenize(TokenizeParams params, std::function<void(StatusOr<Tokeniz
   Loaded* loaded = loaded_.load(std::memory_order_acquire);
   if (loaded == nullptr) return done(unavailable());
   if (Status status = check_model(params.model); !status.ok()) return done(std::move(status));
-  const auto run = [loaded, params = std::move(params)]() -> StatusOr<TokenizeResult> {
-    TokenizeResult result;
-    result.max_model_len = loaded->context.max_model_len;
-    std::string text = params.text;
-    if (params.chat) {
-      if (loaded->chat_template == nullptr) return invalid_argument("this checkpoint has no chat template", "messages");
-      ChatTemplateOptions options;
-      options.add_generation_prompt = params.add_generation_prompt;
-      options.kwargs_json = params.template_kwargs_json;
-      MOED_ASSIGN_OR_RETURN(text, render_chat(params.messages_json, options, *loaded->chat_template));
-    }
-    MOED_ASSIGN_OR_RETURN(result.tokens,
-                          loaded->tokenizer->encode(text, params.add_special_tokens.value_or(!params.chat)));
-    return result;
-  };
-  if (!text_pool_->try_post([run, done] { done(run()); })) {
-    done(Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
-  }
+  const auto bytes =
+      static_cast<int64_t>(params.text.size() + params.messages_json.size() + params.template_kwargs_json.size());
+  Status status = text_pool_->try_post(
+      [loaded, params = std::move(params), done] {
+        if (params.abandoned != nullptr && params.abandoned()) {
+          return done(Status(StatusCode::kCancelled, "the client is gone"));
+        }
+        done(tokenize_text(params, loaded->context));
+      },
+      bytes);
+  if (!status.ok()) done(std::move(status));
 }
 
 void Daemon::detokenize(std::string model, std::vector<int64_t> tokens,
@@ -235,6 +236,7 @@ void Daemon::detokenize(std::string model, std::vector<int64_t> tokens,
   Loaded* loaded = loaded_.load(std::memory_order_acquire);
   if (loaded == nullptr) return done(unavailable());
   if (Status status = check_model(model); !status.ok()) return done(std::move(status));
+  const auto bytes = static_cast<int64_t>(tokens.size() * sizeof(int64_t));
   const auto run = [loaded, tokens = std::move(tokens)]() -> StatusOr<std::string> {
     std::vector<int32_t> ids;
     for (const int64_t token : tokens) {
@@ -247,9 +249,7 @@ void Daemon::detokenize(std::string model, std::vector<int64_t> tokens,
     }
     return loaded->tokenizer->decode(ids, /*skip_special_tokens=*/false);
   };
-  if (!text_pool_->try_post([run, done] { done(run()); })) {
-    done(Status(StatusCode::kResourceExhausted, "too many requests wait to be tokenised (scheduler.queue_max)"));
-  }
+  if (Status status = text_pool_->try_post([run, done] { done(run()); }, bytes); !status.ok()) done(std::move(status));
 }
 
 Health Daemon::health() const {

@@ -46,25 +46,29 @@ void GenerationImpl::run(ValidGeneration valid, const RequestLimits& limits, Req
     if (!request.ok()) return refuse(request.status());
     requests.push_back(std::move(*request));
   }
+  std::vector<std::shared_ptr<RequestStream>> streams;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    streams.push_back(std::make_shared<RequestStream>(events_max, wake_, [loop = loop_] { loop->signal(); }));
+  }
+  attach(std::move(valid), streams);
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (Status status = loop_->submit({std::move(requests[i]), streams[i]}); !status.ok()) streams[i]->fail(status);
+  }
+  wake_();
+}
+
+void GenerationImpl::attach(ValidGeneration valid, std::vector<std::shared_ptr<RequestStream>> streams) {
   auto prepared = std::make_unique<Prepared>();
   prepared->valid = std::move(valid);
-  for (size_t i = 0; i < requests.size(); ++i) {
-    prepared->streams.push_back(std::make_shared<RequestStream>(events_max, wake_, [loop = loop_] { loop->signal(); }));
-  }
-  const auto streams = prepared->streams;
+  prepared->streams = streams;
   {
     MutexLock lock(mutex_);
     prepared_ = std::move(prepared);
     cancel_streams_ = streams;
   }
   // A cancel that came while the streams were not there yet.
-  if (cancelled()) {
-    for (const auto& stream : streams) stream->cancel();
-  }
-  for (size_t i = 0; i < requests.size(); ++i) {
-    if (Status status = loop_->submit({std::move(requests[i]), streams[i]}); !status.ok()) streams[i]->fail(status);
-  }
-  wake_();
+  if (!cancelled()) return;
+  for (const auto& stream : streams) stream->cancel();
 }
 
 void GenerationImpl::cancel() {
@@ -80,7 +84,6 @@ void GenerationImpl::cancel() {
 void GenerationImpl::take_over(Prepared prepared) {
   valid_ = std::move(prepared.valid);
   streams_ = std::move(prepared.streams);
-  accepted_.resize(streams_.size());
   prompt_tokens_.resize(streams_.size());
   for (const RequestSpec& spec : valid_.requests) {
     usage_.prompt_tokens += static_cast<int64_t>(spec.prompt.size());
@@ -96,29 +99,18 @@ void GenerationImpl::take_over(Prepared prepared) {
 
 Generation::Update GenerationImpl::poll() {
   Update update;
-  if (phase_ == Phase::kPreparing && streams_.empty()) {
-    std::unique_ptr<Prepared> prepared;
-    {
-      MutexLock lock(mutex_);
-      prepared = std::move(prepared_);
-      update.status = refusal_;
-    }
-    if (!update.status.ok()) {
-      phase_ = Phase::kRefused;
-      log_end("refused");
-    }
-    if (prepared != nullptr) take_over(std::move(*prepared));
-  }
-  if (phase_ == Phase::kPreparing || phase_ == Phase::kRunning) {
+  const bool was_preparing = phase_ == Phase::kPreparing;
+  if (phase_ == Phase::kPreparing && streams_.empty()) await_prepared(update);
+  if (phase_ == Phase::kPreparing && !streams_.empty()) await_accepted(update);
+  if (phase_ == Phase::kRunning) {
     for (size_t prompt = 0; prompt < streams_.size(); ++prompt) {
       if (Status status = take_events(prompt, update); !status.ok()) {
-        fail(std::move(status), update);
+        const bool nothing_sent = was_preparing && update.deltas.empty();
+        fail(std::move(status), nothing_sent ? Phase::kRefused : Phase::kFailed, update);
         break;
       }
     }
   }
-  const bool all_accepted = std::all_of(accepted_.begin(), accepted_.end(), [](bool accepted) { return accepted; });
-  if (phase_ == Phase::kPreparing && !streams_.empty() && all_accepted) phase_ = Phase::kRunning;
   if (phase_ == Phase::kRunning && open_choices_ == 0) {
     phase_ = Phase::kDone;
     log_end("done");
@@ -127,11 +119,47 @@ Generation::Update GenerationImpl::poll() {
   return update;
 }
 
+void GenerationImpl::await_prepared(Update& update) {
+  std::unique_ptr<Prepared> prepared;
+  {
+    MutexLock lock(mutex_);
+    prepared = std::move(prepared_);
+    update.status = refusal_;
+  }
+  if (!update.status.ok()) {
+    phase_ = Phase::kRefused;
+    log_end("refused");
+  }
+  if (prepared != nullptr) take_over(std::move(*prepared));
+}
+
+// Doors show nothing before all prompts are accepted: until then events stay in their streams.
+void GenerationImpl::await_accepted(Update& update) {
+  bool all_accepted = true;
+  Status failure;
+  for (const auto& stream : streams_) {
+    RequestStream::Standing standing = stream->standing();
+    all_accepted = all_accepted && standing.accepted;
+    if (failure.ok()) failure = std::move(standing.failure);
+  }
+  if (all_accepted) {
+    phase_ = Phase::kRunning;
+  } else if (!failure.ok()) {
+    fail(std::move(failure), Phase::kRefused, update);
+  }
+}
+
 Status GenerationImpl::take_events(size_t prompt, Update& update) {
   RequestStream::News news = streams_[prompt]->take();
-  accepted_[prompt] = accepted_[prompt] || news.accepted;
   for (const TokenEvent& event : news.events) MOED_RETURN_IF_ERROR(push_event(prompt, event, update.deltas));
-  return news.failure;
+  // A failure after the answer's end, which a stop string may bring before the serving thread hears of it, is none.
+  return has_open_choice(prompt) ? news.failure : Status();
+}
+
+bool GenerationImpl::has_open_choice(size_t prompt) const {
+  const auto n = valid_.requests[prompt].n;
+  const auto first = choices_.begin() + static_cast<std::ptrdiff_t>(prompt) * n;
+  return std::any_of(first, first + n, [](const ChoiceText& choice) { return !choice.finished(); });
 }
 
 Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::vector<Delta>& deltas) {
@@ -177,11 +205,10 @@ void GenerationImpl::add_prompt(size_t prompt, Delta& delta) const {
   delta.prompt_tokens.insert(delta.prompt_tokens.end(), scored.begin(), scored.end());
 }
 
-void GenerationImpl::fail(Status status, Update& update) {
-  const bool nothing_sent = phase_ == Phase::kPreparing && update.deltas.empty();
-  phase_ = nothing_sent ? Phase::kRefused : Phase::kFailed;
+void GenerationImpl::fail(Status status, Phase phase, Update& update) {
+  phase_ = phase;
   cancel();
-  log_end(nothing_sent ? "refused" : "failed");
+  log_end(phase == Phase::kRefused ? "refused" : "failed");
   update.status = std::move(status);
 }
 

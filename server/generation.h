@@ -23,10 +23,12 @@ class GenerationImpl final : public Generation {
                  std::function<void()> wake);
   ~GenerationImpl() override;
 
-  // Text pool, at most one of the two, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs.
+  // Text pool, at most one of them, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs.
   void refuse(Status status) MOED_EXCLUDES(mutex_);
   void run(ValidGeneration valid, const RequestLimits& limits, RequestId first_id, size_t events_max)
       MOED_EXCLUDES(mutex_);
+  // The part of run() that queues nothing: who calls it feeds the streams, one a prompt.
+  void attach(ValidGeneration valid, std::vector<std::shared_ptr<RequestStream>> streams) MOED_EXCLUDES(mutex_);
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
 
   Update poll() override;
@@ -41,10 +43,13 @@ class GenerationImpl final : public Generation {
     std::vector<std::shared_ptr<RequestStream>> streams;
   };
   void take_over(Prepared prepared);
+  void await_prepared(Update& update) MOED_EXCLUDES(mutex_);
+  void await_accepted(Update& update);
   Status take_events(size_t prompt, Update& update);
   Status push_event(size_t prompt, const TokenEvent& event, std::vector<Delta>& deltas);
   void add_prompt(size_t prompt, Delta& delta) const;
-  void fail(Status status, Update& update);
+  bool has_open_choice(size_t prompt) const;
+  void fail(Status status, Phase phase, Update& update);
   void log_end(const char* outcome) const;
 
   const std::string request_id_;
@@ -64,7 +69,6 @@ class GenerationImpl final : public Generation {
   Phase phase_ = Phase::kPreparing;
   ValidGeneration valid_;
   std::vector<std::shared_ptr<RequestStream>> streams_;  // a prompt
-  std::vector<bool> accepted_;                           // a prompt
   std::vector<ChoiceText> choices_;                      // prompt * n + choice
   std::vector<bool> begun_;                              // a choice
   std::vector<std::vector<TokenText>> prompt_tokens_;    // a prompt, when scores are returned

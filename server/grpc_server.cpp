@@ -269,6 +269,7 @@ class InferenceService final : public v1::Inference::CallbackService {
       reactor->Finish(to_grpc(params.status()));
       return reactor;
     }
+    params->abandoned = [context] { return context->IsCancelled(); };
     service_.tokenize(std::move(params).value(), [reactor, response](StatusOr<TokenizeResult> result) {
       if (!result.ok()) return reactor->Finish(to_grpc(result.status()));
       response->mutable_token_ids()->Assign(result->tokens.begin(), result->tokens.end());

@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -54,27 +53,11 @@ int ask(const std::string& host, const std::string& port) {
 
 }  // namespace
 
-int health(std::span<const std::string> args) {
-  std::string host = "127.0.0.1";
-  const char* from_environment = std::getenv("MOED_HTTP_PORT");
-  std::string port = from_environment != nullptr ? from_environment : "8000";
-  for (size_t i = 0; i + 1 < args.size(); i += 2) {
-    if (args[i] == "--host") {
-      host = args[i + 1];
-    } else if (args[i] == "--port" || args[i] == "--http-port") {
-      port = args[i + 1];
-    } else {
-      std::fprintf(stderr, "moed health: unknown flag %s; known: --host H, --port N\n", args[i].c_str());
-      return 2;
-    }
-  }
-  if (args.size() % 2 != 0) {
-    std::fprintf(stderr, "moed health: %s needs a value\n", args.back().c_str());
-    return 2;
-  }
-  const int status = ask(host, port);
+int health(const HealthTarget& target) {
+  const std::string port = std::to_string(target.port);
+  const int status = ask(target.host, port);
   if (status == 200) return 0;
-  std::fprintf(stderr, "moed health: %s:%s %s\n", host.c_str(), port.c_str(),
+  std::fprintf(stderr, "moed health: %s:%s %s\n", target.host.c_str(), port.c_str(),
                status == 0 ? "does not answer" : ("answers " + std::to_string(status)).c_str());
   return 1;
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <random>
 
@@ -92,6 +93,7 @@ class CalledTask : public HttpTask {
     std::mutex mutex;
     std::optional<HttpReply> reply;  // under mutex
     std::function<void()> wake;
+    std::atomic<bool> abandoned{false};
     void set(HttpReply value) {
       {
         const std::lock_guard lock(mutex);
@@ -101,6 +103,7 @@ class CalledTask : public HttpTask {
     }
   };
   explicit CalledTask(std::shared_ptr<Result> result) : result_(std::move(result)) {}
+  ~CalledTask() override { result_->abandoned = true; }
   std::optional<HttpReply> reply() override {
     const std::lock_guard lock(result_->mutex);
     return std::move(result_->reply);
@@ -251,6 +254,7 @@ std::unique_ptr<HttpTask> HttpApi::tokenize(const HttpRequest& request, std::fun
   if (!params.ok()) return ready(error_reply(params.status()));
   const auto result = std::make_shared<CalledTask::Result>();
   result->wake = std::move(wake);
+  params->abandoned = [result] { return result->abandoned.load(); };
   service_.tokenize(std::move(params).value(), [result](StatusOr<TokenizeResult> answer) {
     result->set(answer.ok() ? HttpReply{.body = tokenize_json(*answer)} : error_reply(answer.status()));
   });

@@ -18,7 +18,10 @@ constexpr const char* kUsage =
     "  moed serve --model DIR [--config FILE] [...]   serve a checkpoint over HTTP and gRPC; `moed serve --help` "
     "lists\n"
     "                                                 every setting\n"
-    "  moed health [--host H] [--port N]              exit 0 when the daemon on this machine answers /health with 200\n"
+    "  moed health [--config FILE] [--host H] [--http-port N]\n"
+    "                                                 exit 0 when the daemon on this machine answers /health with "
+    "200;\n"
+    "                                                 reads the same file and environment as serve\n"
     "  moed docs-config                               print docs/CONFIG.md\n"
     "  moed version                                   print the version\n";
 
@@ -39,13 +42,20 @@ int run_serve(const std::vector<std::string>& args) {
   return moed::serve(*loaded, moed::load_backend);
 }
 
+int run_health(const std::vector<std::string>& args) {
+  const auto target = moed::load_health_target(args, environ);
+  if (target.ok()) return moed::health(*target);
+  std::fprintf(stderr, "moed health: %s\n", target.status().message().c_str());
+  return 2;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const std::string_view command = argc > 1 ? argv[1] : "help";
   const std::vector<std::string> args(argv + std::min(argc, 2), argv + argc);
   if (command == "serve") return run_serve(args);
-  if (command == "health") return moed::health(args);
+  if (command == "health") return run_health(args);
   if (command == "docs-config") {
     std::fputs(moed::settings_markdown().c_str(), stdout);
     return 0;

@@ -21,7 +21,12 @@ const Buckets kInterTokenBuckets = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,  0
                                     0.75, 1.0,   2.5,  5.0,   7.5, 10.0, 20.0, 40.0, 80.0};
 const Buckets kRequestBuckets = {0.3,  0.5,  0.8,  1.0,  1.5,   2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
                                  30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0};
+// 1, 2, 5 and their tenfolds, as vLLM makes them for a context of 1 Mi tokens.
+const Buckets kTokenBuckets = {1,     2,     5,      10,     20,     50,      100,     200,     500,      1'000,
+                               2'000, 5'000, 10'000, 20'000, 50'000, 100'000, 200'000, 500'000, 1'000'000};
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+
+double seconds(int64_t us) { return static_cast<double>(us) * 1e-6; }
 
 const char* reason_label(FinishReason reason) {
   switch (reason) {
@@ -56,6 +61,14 @@ struct ServerMetrics::State {
   prometheus::Histogram* inter_token = nullptr;
   prometheus::Histogram* time_per_output_token = nullptr;
   prometheus::Histogram* e2e = nullptr;
+  prometheus::Histogram* queue_time = nullptr;
+  prometheus::Histogram* prefill_time = nullptr;
+  prometheus::Histogram* decode_time = nullptr;
+  prometheus::Histogram* inference_time = nullptr;
+  prometheus::Histogram* request_prompt_tokens = nullptr;
+  prometheus::Histogram* request_generation_tokens = nullptr;
+  prometheus::Histogram* request_generation_tokens_max = nullptr;
+  prometheus::Histogram* request_max_tokens = nullptr;
   prometheus::Histogram* iteration_tokens = nullptr;
   std::map<std::string, prometheus::Counter*> success;
 
@@ -89,6 +102,16 @@ ServerMetrics::ServerMetrics(const std::string& model_name) : state_(std::make_u
                   "Mean time of an output token of a request, the first left out.", kInterTokenBuckets);
   s.e2e = s.histogram("vllm:e2e_request_latency_seconds", "Arrival to last token.", kRequestBuckets);
   s.iteration_tokens = s.histogram("vllm:iteration_tokens_total", "Rows of a pass.", kIterationBuckets);
+  s.queue_time = s.histogram("vllm:request_queue_time_seconds", "Arrival to first pass.", kRequestBuckets);
+  s.prefill_time = s.histogram("vllm:request_prefill_time_seconds", "First pass to first token.", kRequestBuckets);
+  s.decode_time = s.histogram("vllm:request_decode_time_seconds", "First token to last.", kRequestBuckets);
+  s.inference_time = s.histogram("vllm:request_inference_time_seconds", "First pass to last token.", kRequestBuckets);
+  s.request_prompt_tokens = s.histogram("vllm:request_prompt_tokens", "Prompt tokens of a request.", kTokenBuckets);
+  s.request_generation_tokens =
+      s.histogram("vllm:request_generation_tokens", "Generated tokens of a request, all choices.", kTokenBuckets);
+  s.request_generation_tokens_max = s.histogram("vllm:request_max_num_generation_tokens",
+                                                "Generated tokens of a request's longest choice.", kTokenBuckets);
+  s.request_max_tokens = s.histogram("vllm:request_params_max_tokens", "max_tokens of a request.", kTokenBuckets);
   auto& success = prometheus::BuildCounter()
                       .Name("vllm:request_success_total")
                       .Help("Requests that ended, by reason.")
@@ -100,6 +123,19 @@ ServerMetrics::ServerMetrics(const std::string& model_name) : state_(std::make_u
 }
 
 ServerMetrics::~ServerMetrics() = default;
+
+void ServerMetrics::set_cache(int32_t block_tokens, int64_t num_blocks, bool prefix_cache) {
+  prometheus::BuildGauge()
+      .Name("vllm:cache_config_info")
+      .Help("The KV cache: tokens of a block, blocks, whether prompts share them.")
+      .Labels(state_->labels)
+      .Register(state_->registry)
+      .Add({{"block_size", std::to_string(block_tokens)},
+            {"num_gpu_blocks", "0"},
+            {"num_cpu_blocks", std::to_string(num_blocks)},
+            {"enable_prefix_caching", prefix_cache ? "True" : "False"}})
+      .Set(1);
+}
 
 void ServerMetrics::set_scheduler(const SchedulerStats& stats) {
   State& s = *state_;
@@ -124,13 +160,22 @@ void ServerMetrics::add_iteration(int64_t rows) { state_->iteration_tokens->Obse
 void ServerMetrics::observe_first_token(double seconds) { state_->first_token->Observe(seconds); }
 void ServerMetrics::observe_inter_token(double seconds) { state_->inter_token->Observe(seconds); }
 
-void ServerMetrics::finish_request(FinishReason reason, double e2e_seconds, double decode_seconds,
-                                   int64_t generated_tokens) {
-  state_->success[reason_label(reason)]->Increment();
-  if (reason == FinishReason::kCancelled || reason == FinishReason::kError) return;
-  state_->e2e->Observe(e2e_seconds);
-  if (generated_tokens > 1) {
-    state_->time_per_output_token->Observe(decode_seconds / static_cast<double>(generated_tokens - 1));
+void ServerMetrics::finish_request(const FinishedRequest& request) {
+  State& s = *state_;
+  s.success[reason_label(request.reason)]->Increment();
+  if (request.reason == FinishReason::kCancelled || request.reason == FinishReason::kError) return;
+  s.e2e->Observe(seconds(request.end_us - request.arrival_us));
+  s.request_prompt_tokens->Observe(static_cast<double>(request.prompt_tokens));
+  s.request_generation_tokens->Observe(static_cast<double>(request.generated_tokens));
+  s.request_generation_tokens_max->Observe(static_cast<double>(request.generated_tokens_max));
+  s.request_max_tokens->Observe(static_cast<double>(request.max_tokens));
+  if (request.scheduled_us == 0 || request.first_token_us == 0) return;
+  s.queue_time->Observe(seconds(request.scheduled_us - request.arrival_us));
+  s.prefill_time->Observe(seconds(request.first_token_us - request.scheduled_us));
+  s.decode_time->Observe(seconds(request.end_us - request.first_token_us));
+  s.inference_time->Observe(seconds(request.end_us - request.scheduled_us));
+  if (request.later_tokens > 0) {
+    s.time_per_output_token->Observe(seconds(request.later_tokens_us) / static_cast<double>(request.later_tokens));
   }
 }
 

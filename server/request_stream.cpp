@@ -42,6 +42,11 @@ RequestStream::News RequestStream::take() {
   return {accepted_, std::exchange(events_, {}), failure_};
 }
 
+RequestStream::Standing RequestStream::standing() const {
+  MutexLock lock(mutex_);
+  return {accepted_, failure_};
+}
+
 void RequestStream::cancel() {
   if (!cancelled_.exchange(true)) on_signal_();
 }

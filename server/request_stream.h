@@ -40,6 +40,12 @@ class RequestStream {
     Status failure;
   };
   News take() MOED_EXCLUDES(mutex_);
+  // Door. Leaves the events where they are.
+  struct Standing {
+    bool accepted = false;
+    Status failure;
+  };
+  Standing standing() const MOED_EXCLUDES(mutex_);
   void cancel();
   void end_choice(int32_t choice) MOED_EXCLUDES(mutex_);
 
@@ -48,7 +54,7 @@ class RequestStream {
   const std::function<void()> wake_;
   const std::function<void()> on_signal_;
   std::atomic<bool> cancelled_{false};
-  Mutex mutex_;
+  mutable Mutex mutex_;
   std::vector<TokenEvent> events_ MOED_GUARDED_BY(mutex_);
   std::vector<int32_t> ended_choices_ MOED_GUARDED_BY(mutex_);
   bool accepted_ MOED_GUARDED_BY(mutex_) = false;

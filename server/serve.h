@@ -1,8 +1,5 @@
 #pragma once
 
-#include <span>
-#include <string>
-
 #include "server/backend.h"
 #include "server/settings.h"
 
@@ -13,8 +10,7 @@ namespace moed {
 // end, 1 after one line that says why not.
 int serve(const LoadedSettings& loaded, const BackendFactory& factory);
 
-// `moed health [--port N] [--host H]`: asks a daemon on this machine for /health. 0 when it answers 200. `args`: what
-// follows "health".
-int health(std::span<const std::string> args);
+// `moed health`: asks a daemon on this machine for /health. 0 when it answers 200, 1 otherwise.
+int health(const HealthTarget& target);
 
 }  // namespace moed

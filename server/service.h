@@ -128,6 +128,7 @@ struct TokenizeParams {
   bool add_generation_prompt = true;
   std::optional<bool> add_special_tokens;
   std::string template_kwargs_json = "{}";
+  std::function<bool()> abandoned;  // may be empty; true: nobody waits, the work is skipped. From the pool's thread
 };
 
 struct TokenizeResult {

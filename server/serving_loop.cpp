@@ -1,5 +1,6 @@
 #include "server/serving_loop.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/clock.h"
@@ -11,6 +12,9 @@ namespace {
 constexpr auto kIdleWait = std::chrono::milliseconds(100);
 // A waiting request that cannot be admitted yet, with nothing to run: only a cancel or a new request changes that.
 constexpr auto kBlockedWait = std::chrono::milliseconds(1);
+
+// Between two looks for requests past their time.
+constexpr int64_t kDeadlineCheckUs = 100'000;
 
 double seconds(int64_t us) { return static_cast<double>(us) * 1e-6; }
 
@@ -57,7 +61,7 @@ SchedulerStats ServingLoop::stats() const {
 }
 
 void ServingLoop::run() {
-  while (!stop_.load(std::memory_order_acquire)) {
+  while (!stopping()) {
     at_boundary();
     if (scheduler_.idle()) {
       publish_stats();  // a cancel may have emptied it between passes
@@ -67,10 +71,22 @@ void ServingLoop::run() {
     step();
     publish_stats();
   }
-  while (auto submission = channel_.try_receive()) submission->stream->fail(stop_reason_);
-  for (auto& [id, active] : active_) {
-    active.stream->fail(stop_reason_);
-    num_open_.fetch_sub(1, std::memory_order_acq_rel);
+  end_all();
+  publish_stats();
+}
+
+// The way in is closed first: what was sent is failed here, and later senders are told at once.
+void ServingLoop::end_all() {
+  channel_.close();
+  while (auto submission = channel_.try_receive()) give_up(*submission->stream, stop_reason_);
+  while (!active_.empty()) {
+    active_.begin()->second.stream->fail(stop_reason_);
+    cancel(active_.begin());
+  }
+  for (const PassKind kind : {PassKind::kInteractive, PassKind::kBulk}) {
+    if (!pass(kind).alive()) continue;
+    MOED_CHECK(!engine_.advance(pass(kind))) << "a pass without sequences has layers left";
+    commit(kind);
   }
 }
 
@@ -79,6 +95,7 @@ void ServingLoop::step() {
   if (!bulk_.alive()) begin(PassKind::kBulk);
   const bool ran = begin(PassKind::kInteractive);
   if (ran) run_interactive();
+  if (stopping()) return;
   if (bulk_.alive()) {
     advance_bulk();
   } else if (!ran) {
@@ -91,13 +108,17 @@ bool ServingLoop::begin(PassKind kind) {
   if (sequences.empty()) return false;
   for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(Pool::kHost, copy.from, copy.to);
   const StepShape shape = scheduler_.shape(kind);
+  cut_short_[static_cast<size_t>(kind)] = false;
   pass(kind) = engine_.begin(sequences, host_plan(shape, model_));
   metrics_.add_iteration(shape.num_rows);
   return true;
 }
 
 void ServingLoop::run_interactive() {
-  while (engine_.advance(interactive_)) at_boundary();
+  while (engine_.advance(interactive_)) {
+    at_boundary();
+    if (stopping()) return;
+  }
   commit(PassKind::kInteractive);
 }
 
@@ -106,13 +127,15 @@ void ServingLoop::advance_bulk() {
     const bool more = engine_.advance(bulk_);
     at_boundary();
     if (!more) return commit(PassKind::kBulk);
+    if (stopping()) return;
   }
 }
 
 void ServingLoop::commit(PassKind kind) {
   const StepShape shape = scheduler_.shape(kind);
   const StepOutput output = engine_.finish(std::exchange(pass(kind), Pass()));
-  tracker_.observe(shape, output.times.total_us);
+  // A pass that lost sequences on its way took less time than its shape says.
+  if (!cut_short_[static_cast<size_t>(kind)]) tracker_.observe(shape, output.times.total_us);
   const int64_t now = now_us();
   for (TokenEvent& event : scheduler_.commit(kind, output, now)) deliver(std::move(event), now);
 }
@@ -121,6 +144,7 @@ void ServingLoop::at_boundary() {
   heartbeat_us_.store(now_us(), std::memory_order_relaxed);
   while (auto submission = channel_.try_receive()) admit(std::move(*submission));
   apply_signals();
+  apply_deadline();
 }
 
 void ServingLoop::admit(Submission submission) {
@@ -129,14 +153,11 @@ void ServingLoop::admit(Submission submission) {
   active.stream = std::move(submission.stream);
   active.arrival_us = spec.arrival_us;
   active.num_prompt = static_cast<int64_t>(spec.prompt.size());
+  active.max_tokens = spec.max_tokens;
   active.open_choices = spec.n;
-  active.last_token_us.resize(spec.n);
-  active.ended.resize(spec.n);
+  active.choices.resize(spec.n);
   const RequestId id = spec.id;
-  if (active.stream->cancelled()) {
-    num_open_.fetch_sub(1, std::memory_order_acq_rel);
-    return;
-  }
+  if (active.stream->cancelled()) return give_up(*active.stream, Status(StatusCode::kCancelled, "cancelled"));
   if (Status status = scheduler_.add(std::move(submission.request)); !status.ok()) {
     active.stream->fail(std::move(status));
     num_open_.fetch_sub(1, std::memory_order_acq_rel);
@@ -156,27 +177,52 @@ void ServingLoop::apply_signals() {
       cancel(active);
       continue;
     }
+    const RequestId id = active->first;
     for (const int32_t choice : active->second.stream->take_ended_choices()) {
-      if (active->second.ended[choice]) continue;
-      leave(scheduler_.finish_choice(active->first, choice, FinishReason::kStop));
+      if (active->second.choices[choice].ended) continue;
+      leave(scheduler_.finish_choice(id, choice, FinishReason::kStop));
       end_choice(active, choice, FinishReason::kStop, now_us());
-      if (!active_.contains(active->first)) break;
+      if (!active_.contains(id)) break;
     }
+  }
+}
+
+void ServingLoop::apply_deadline() {
+  const int64_t now = now_us();
+  if (config_.request_seconds <= 0 || now - deadline_checked_us_ < kDeadlineCheckUs) return;
+  deadline_checked_us_ = now;
+  for (auto it = active_.begin(); it != active_.end();) {
+    const auto active = it++;
+    if (seconds(now - active->second.arrival_us) < config_.request_seconds) continue;
+    std::string limit = std::to_string(config_.request_seconds);
+    limit.erase(std::max(limit.find_last_not_of('0'), limit.find('.') + 1) + 1);
+    active->second.stream->fail(
+        Status(StatusCode::kDeadlineExceeded,
+               "the request took longer than this server allows: " + limit + " s (limits.request_seconds)"));
+    cancel(active);
   }
 }
 
 void ServingLoop::leave(const std::vector<LiveSequence>& live) {
   for (const LiveSequence& sequence : live) {
     engine_.drop(pass(sequence.pass), sequence.id);
+    cut_short_[static_cast<size_t>(sequence.pass)] = true;
     scheduler_.dropped(sequence.id);
   }
 }
 
 void ServingLoop::cancel(ActiveMap::iterator active) {
   leave(scheduler_.finish(active->first, FinishReason::kCancelled));
-  metrics_.finish_request(FinishReason::kCancelled, 0.0, 0.0, 0);
+  finish_metrics(active->second, FinishReason::kCancelled, now_us());
   num_open_.fetch_sub(1, std::memory_order_acq_rel);
   active_.erase(active);
+}
+
+// One that the scheduler never saw.
+void ServingLoop::give_up(RequestStream& stream, Status status) {
+  stream.fail(std::move(status));
+  metrics_.finish_request({.reason = FinishReason::kCancelled});
+  num_open_.fetch_sub(1, std::memory_order_acq_rel);
 }
 
 void ServingLoop::deliver(TokenEvent event, int64_t now) {
@@ -185,17 +231,21 @@ void ServingLoop::deliver(TokenEvent event, int64_t now) {
   Active& active = found->second;
   const int32_t choice = event.choice;
   const FinishReason finish = event.finish;
+  if (active.scheduled_us == 0) active.scheduled_us = event.scheduled_us;
   if (active.first_token_us == 0) {
     active.first_token_us = now;
     metrics_.add_prompt(active.num_prompt);
     metrics_.observe_first_token(seconds(now - active.arrival_us));
   }
   if (event.has_token) {
-    ++active.num_generated;
+    Choice& at = active.choices[choice];
     metrics_.add_generated_token();
-    int64_t& last = active.last_token_us[choice];
-    if (last != 0) metrics_.observe_inter_token(seconds(now - last));
-    last = now;
+    if (at.num_generated++ == 0) {
+      at.first_token_us = now;
+    } else {
+      metrics_.observe_inter_token(seconds(now - at.last_token_us));
+    }
+    at.last_token_us = now;
   }
   if (!active.stream->deliver(std::move(event))) {
     spdlog::warn("request {}: the client reads too slowly, dropped", found->first);
@@ -206,13 +256,29 @@ void ServingLoop::deliver(TokenEvent event, int64_t now) {
   if (finish != FinishReason::kNone) end_choice(found, choice, finish, now);
 }
 
+void ServingLoop::finish_metrics(const Active& active, FinishReason reason, int64_t now) {
+  FinishedRequest request{.reason = reason,
+                          .arrival_us = active.arrival_us,
+                          .scheduled_us = active.scheduled_us,
+                          .first_token_us = active.first_token_us,
+                          .end_us = now,
+                          .prompt_tokens = active.num_prompt,
+                          .max_tokens = active.max_tokens};
+  for (const Choice& choice : active.choices) {
+    request.generated_tokens += choice.num_generated;
+    request.generated_tokens_max = std::max(request.generated_tokens_max, choice.num_generated);
+    request.later_tokens += std::max<int64_t>(choice.num_generated - 1, 0);
+    request.later_tokens_us += choice.last_token_us - choice.first_token_us;
+  }
+  metrics_.finish_request(request);
+}
+
 void ServingLoop::end_choice(ActiveMap::iterator found, int32_t choice, FinishReason reason, int64_t now) {
   Active& active = found->second;
-  if (active.ended[choice]) return;
-  active.ended[choice] = true;
+  if (active.choices[choice].ended) return;
+  active.choices[choice].ended = true;
   if (--active.open_choices > 0) return;
-  metrics_.finish_request(reason, seconds(now - active.arrival_us), seconds(now - active.first_token_us),
-                          active.num_generated);
+  finish_metrics(active, reason, now);
   num_open_.fetch_sub(1, std::memory_order_acq_rel);
   active_.erase(found);
 }

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -19,8 +20,9 @@
 namespace moed {
 
 struct ServingConfig {
-  int32_t queue_max = 1024;  // submissions on their way to the scheduler
-  int32_t yield_layers = 1;  // layers of a bulk pass between interactive passes
+  int32_t queue_max = 1024;    // submissions on their way to the scheduler
+  int32_t yield_layers = 1;    // layers of a bulk pass between interactive passes
+  double request_seconds = 0;  // a request older than that fails with kDeadlineExceeded; 0: no limit
 };
 
 // One request on its way in.
@@ -40,7 +42,7 @@ class ServingLoop {
   ~ServingLoop();
 
   void start();
-  // Fails what still runs with `reason` and ends the thread. Any thread, once.
+  // Fails what still runs with `reason` and ends the thread, within a layer. Any thread, once.
   void stop(Status reason);
 
   // Any thread. kResourceExhausted when the way in is full. What happens next arrives at the stream: accept(), or
@@ -54,17 +56,25 @@ class ServingLoop {
   int64_t heartbeat_us() const { return heartbeat_us_.load(std::memory_order_relaxed); }
   // Requests that were submitted and have not ended.
   int64_t num_open() const { return num_open_.load(std::memory_order_acquire); }
+  // What measured passes have taught. After stop().
+  const StepModel& step_model() const { return tracker_.model(); }
 
  private:
+  struct Choice {
+    int64_t first_token_us = 0;
+    int64_t last_token_us = 0;
+    int64_t num_generated = 0;
+    bool ended = false;
+  };
   struct Active {
     std::shared_ptr<RequestStream> stream;
     int64_t arrival_us = 0;
+    int64_t scheduled_us = 0;
     int64_t first_token_us = 0;
     int64_t num_prompt = 0;
-    int64_t num_generated = 0;
+    int64_t max_tokens = 0;
     int32_t open_choices = 0;
-    std::vector<int64_t> last_token_us;  // a choice
-    std::vector<bool> ended;             // a choice
+    std::vector<Choice> choices;
   };
   using ActiveMap = std::unordered_map<RequestId, Active>;
 
@@ -73,13 +83,18 @@ class ServingLoop {
   bool begin(PassKind kind);
   void run_interactive();
   void advance_bulk();
+  void end_all();
+  bool stopping() const { return stop_.load(std::memory_order_acquire); }
   void commit(PassKind kind);
   void at_boundary();
   void admit(Submission submission);
   void apply_signals();
+  void apply_deadline();
   void leave(const std::vector<LiveSequence>& live);
   void cancel(ActiveMap::iterator active);
+  void give_up(RequestStream& stream, Status status);
   void deliver(TokenEvent event, int64_t now);
+  void finish_metrics(const Active& active, FinishReason reason, int64_t now);
   void end_choice(ActiveMap::iterator active, int32_t choice, FinishReason reason, int64_t now);
   void publish_stats();
   Pass& pass(PassKind kind) { return kind == PassKind::kBulk ? bulk_ : interactive_; }
@@ -103,7 +118,9 @@ class ServingLoop {
   ActiveMap active_;
   Pass interactive_;
   Pass bulk_;
+  std::array<bool, 2> cut_short_{};  // a PassKind: a sequence was dropped from the live pass
   uint64_t signals_seen_ = 0;
+  int64_t deadline_checked_us_ = 0;
 
   std::thread thread_;
 };

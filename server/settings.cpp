@@ -314,7 +314,35 @@ Status check_together(const Settings& settings) {
             server.host),
         "server.host");
   }
+  const Settings::Device& device = settings.device;
+  if (device.device == "cpu" && device.device_memory_gib != 0) {
+    return invalid_argument(
+        fmt::format("device.device_memory_gib is {}, but device.device is cpu, which has no memory of its own: leave "
+                    "it 0; memory.kv_gib bounds the KV cache",
+                    device.device_memory_gib),
+        "device.device_memory_gib");
+  }
   return Status();
+}
+
+// The file, the environment and the flags, one over the other.
+Status apply_all(const Flags& flags, const Variables& variables, LoadedSettings& loaded) {
+  loaded.config_file = flags.config;
+  if (loaded.config_file.empty() && variables.contains("MOED_CONFIG")) loaded.config_file = variables.at("MOED_CONFIG");
+  if (!loaded.config_file.empty()) MOED_RETURN_IF_ERROR(apply_file(loaded.config_file, loaded.settings));
+  MOED_RETURN_IF_ERROR(apply_environment(variables, loaded));
+  for (const SettingRow& row : setting_rows()) {
+    const auto given = flags.given.find(row.path);
+    if (given != flags.given.end()) MOED_RETURN_IF_ERROR(set_from_text(row, given->second, loaded.settings));
+  }
+  return Status();
+}
+
+// The address by which a daemon that listens on `host` is reached from its own machine.
+std::string reached_at(std::string host) {
+  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
+  if (host == "0.0.0.0") return "127.0.0.1";
+  return host == "::" ? "::1" : host;
 }
 
 }  // namespace
@@ -325,17 +353,30 @@ StatusOr<LoadedSettings> load_settings(std::span<const std::string> args, const 
   const Variables variables = moed_variables(environment);
   loaded.help = flags.help;
   loaded.print_config = flags.print_config;
-  loaded.config_file = flags.config;
-  if (loaded.config_file.empty() && variables.contains("MOED_CONFIG")) loaded.config_file = variables.at("MOED_CONFIG");
   if (loaded.help) return loaded;
-  if (!loaded.config_file.empty()) MOED_RETURN_IF_ERROR(apply_file(loaded.config_file, loaded.settings));
-  MOED_RETURN_IF_ERROR(apply_environment(variables, loaded));
-  for (const SettingRow& row : setting_rows()) {
-    const auto given = flags.given.find(row.path);
-    if (given != flags.given.end()) MOED_RETURN_IF_ERROR(set_from_text(row, given->second, loaded.settings));
-  }
+  MOED_RETURN_IF_ERROR(apply_all(flags, variables, loaded));
   if (!loaded.print_config) MOED_RETURN_IF_ERROR(check_together(loaded.settings));
   return loaded;
+}
+
+StatusOr<HealthTarget> load_health_target(std::span<const std::string> args, const char* const* environment) {
+  std::vector<std::string> renamed(args.begin(), args.end());
+  for (std::string& arg : renamed) {
+    if (arg == "--port" || arg.starts_with("--port=")) arg.replace(0, 6, "--http-port");
+  }
+  MOED_ASSIGN_OR_RETURN(const Flags flags, read_flags(renamed));
+  for (const auto& [path, given] : flags.given) {
+    if (path == "server.host" || path == "server.http_port") continue;
+    return invalid_argument(fmt::format("{} is not a flag of moed health", given.source), std::string(path));
+  }
+  LoadedSettings loaded;
+  MOED_RETURN_IF_ERROR(apply_all(flags, moed_variables(environment), loaded));
+  const Settings::Server& server = loaded.settings.server;
+  if (server.http_port == 0) {
+    return invalid_argument("server.http_port is 0, any free port: name the daemon's with --http-port",
+                            "server.http_port");
+  }
+  return HealthTarget{reached_at(server.host), server.http_port};
 }
 
 }  // namespace moed

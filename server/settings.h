@@ -9,7 +9,7 @@
 
 namespace moed {
 
-// Everything that an operator may set. One table (settings.cpp) gives each field its TOML key, flag, environment
+// Everything that an operator may set. One table (settings_table.cpp) gives each field its TOML key, flag, environment
 // variable, range and help; docs/CONFIG.md is written from it. No other file reads flags, files or environment.
 struct Settings {
   struct Model {
@@ -66,6 +66,7 @@ struct Settings {
     int64_t json_depth_max = 64;
     int64_t connections_max = 4096;
     int64_t header_bytes_max = 32ll << 10;
+    int64_t queued_text_bytes_max = 256ll << 20;  // held by requests whose text waits to be templated and tokenised
     double header_seconds = 10;
     double body_seconds = 30;
     double request_seconds = 0;  // 0: no limit
@@ -88,6 +89,16 @@ struct LoadedSettings {
 // allowed; for an unknown key or flag, the nearest known one. Unless help or print_config is asked for, a model must be
 // named, and a host other than loopback needs a key or `insecure`.
 StatusOr<LoadedSettings> load_settings(std::span<const std::string> args, const char* const* environment);
+
+// Where a daemon of these settings answers on this machine.
+struct HealthTarget {
+  std::string host;  // the address to connect to: loopback when the daemon listens on every address
+  int64_t port = 0;
+};
+
+// The same settings as `moed serve` has them, for `moed health`; no model is needed. `args`: what follows "health";
+// --port is --http-port. kInvalidArgument also when the port is 0, which only the daemon knows.
+StatusOr<HealthTarget> load_health_target(std::span<const std::string> args, const char* const* environment);
 
 // What `moed serve --help` prints.
 std::string settings_help();

@@ -23,7 +23,9 @@ const SettingRow kRows[] = {
     {"model.path", at<&S::model, &S::Model::path>,
      "Folder of the checkpoint (config.json, *.safetensors, tokenizer.json)"},
     {"model.load_format", at<&S::model, &S::Model::load_format>,
-     "auto reads the checkpoint's weights; dummy makes seeded random ones from config.json alone", 0, 0, "auto|dummy"},
+     "auto reads the checkpoint's weights; dummy makes seeded random ones from config.json (a tokenizer is needed "
+     "either way)",
+     0, 0, "auto|dummy"},
     {"model.served_model_name", at<&S::model, &S::Model::served_model_name>,
      "Names that requests may use for the model; none: the folder's name"},
     {"model.max_model_len", at<&S::model, &S::Model::max_model_len>,
@@ -48,7 +50,7 @@ const SettingRow kRows[] = {
 
     {"device.device", at<&S::device, &S::Device::device>, "Device that runs the model: cpu"},
     {"device.device_memory_gib", at<&S::device, &S::Device::device_memory_gib>,
-     "Cap on the device's memory in GiB; 0: none", 0, kGibMax},
+     "Cap on the device's memory in GiB; 0: none, and so it must be on cpu", 0, kGibMax},
     {"device.threads", at<&S::device, &S::Device::threads>,
      "Compute threads, the serving thread counted; 0: the physical cores that affinity and cgroup allow", 0, 1024},
     {"device.deterministic", at<&S::device, &S::Device::deterministic>,
@@ -86,6 +88,8 @@ const SettingRow kRows[] = {
     {"limits.connections_max", at<&S::limits, &S::Limits::connections_max>, "Open HTTP connections", 1, 1 << 20},
     {"limits.header_bytes_max", at<&S::limits, &S::Limits::header_bytes_max>, "Bytes of a request's headers", 1024,
      1 << 20},
+    {"limits.queued_text_bytes_max", at<&S::limits, &S::Limits::queued_text_bytes_max>,
+     "Bytes of text of the requests that wait to be tokenised; more are refused at once (429)", 1 << 20, 1e12},
     {"limits.header_seconds", at<&S::limits, &S::Limits::header_seconds>, "Time for a request's headers to arrive", 0.1,
      3600},
     {"limits.body_seconds", at<&S::limits, &S::Limits::body_seconds>, "Time for a request's body to arrive", 0.1, 3600},

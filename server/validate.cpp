@@ -13,6 +13,9 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
+constexpr int64_t kJsonCharacterBytes = 6;  // \u0000
+constexpr int64_t kChatSlackBytes = 1 << 20;
+constexpr double kTemperatureMax = 2.0;    // of a request, as scheduler/request.cpp has it
 constexpr int32_t kCompletionTokens = 16;  // OpenAI's default of /v1/completions
 
 std::string in_message(size_t index, const char* field) {
@@ -140,11 +143,28 @@ Status context_overflow(int64_t prompt_tokens, int64_t new_tokens, int32_t max_m
                 field, "context_length_exceeded");
 }
 
-StatusOr<std::vector<int32_t>> encode_text(const std::string& text, bool add_special, const char* field,
-                                           const ValidationContext& context) {
+// Refuses, before the tokenizer sees it, text of which even the longest tokens would be too many.
+Status check_length(const std::string& text, const char* field, const ValidationContext& context) {
   const int64_t longest = std::max(1, context.tokenizer->longest_token_bytes());
-  if (static_cast<int64_t>(text.size()) / longest > context.max_model_len) {
-    return context_overflow(static_cast<int64_t>(text.size()) / longest, 0, context.max_model_len, field);
+  const int64_t tokens = static_cast<int64_t>(text.size()) / longest;
+  return tokens > context.max_model_len ? context_overflow(tokens, 0, context.max_model_len, field) : Status();
+}
+
+// The same for a chat before its template sees it. Templates leave parts of messages out, and JSON spells some
+// characters long: hence the slack.
+Status check_chat_length(const std::string& messages_json, const std::string& kwargs_json,
+                         const ValidationContext& context) {
+  const int64_t token_bytes = std::max<int64_t>(kJsonCharacterBytes, context.tokenizer->longest_token_bytes());
+  const auto bytes = static_cast<int64_t>(messages_json.size() + kwargs_json.size());
+  if (bytes - kChatSlackBytes <= token_bytes * context.max_model_len) return Status();
+  return context_overflow(bytes / token_bytes, 0, context.max_model_len, "messages");
+}
+
+// Text that will be truncated may be as long as a body.
+StatusOr<std::vector<int32_t>> encode_text(const std::string& text, bool add_special, const GenerationParams& params,
+                                           const ValidationContext& context) {
+  if (!params.truncate_prompt_tokens.has_value()) {
+    MOED_RETURN_IF_ERROR(check_length(text, params.chat ? "messages" : "prompt", context));
   }
   return context.tokenizer->encode(text, add_special);
 }
@@ -176,10 +196,13 @@ StatusOr<std::vector<TokenizedPrompt>> chat_prompt(const GenerationParams& param
     return invalid_argument("continue_final_message and add_generation_prompt exclude each other",
                             "continue_final_message");
   }
+  if (!params.truncate_prompt_tokens.has_value()) {
+    MOED_RETURN_IF_ERROR(check_chat_length(params.messages_json, params.template_kwargs_json, context));
+  }
   TokenizedPrompt prompt;
   MOED_ASSIGN_OR_RETURN(prompt.text, render_chat(params.messages_json, options, *context.chat_template));
   MOED_ASSIGN_OR_RETURN(prompt.tokens,
-                        encode_text(prompt.text, params.add_special_tokens.value_or(false), "messages", context));
+                        encode_text(prompt.text, params.add_special_tokens.value_or(false), params, context));
   return std::vector<TokenizedPrompt>{std::move(prompt)};
 }
 
@@ -202,7 +225,7 @@ StatusOr<std::vector<TokenizedPrompt>> completion_prompts(const GenerationParams
     } else {
       prompt.text = input.text;
       MOED_ASSIGN_OR_RETURN(prompt.tokens,
-                            encode_text(input.text, params.add_special_tokens.value_or(true), "prompt", context));
+                            encode_text(input.text, params.add_special_tokens.value_or(true), params, context));
     }
     prompts.push_back(std::move(prompt));
   }
@@ -228,14 +251,20 @@ StatusOr<int32_t> new_tokens(const GenerationParams& params, int64_t num_prompt,
   return static_cast<int32_t>(std::min({rest, most, params.chat ? rest : int64_t{kCompletionTokens}}));
 }
 
-Status truncate(const GenerationParams& params, const ValidationContext& context, std::vector<int32_t>& tokens) {
+// Keeps the last tokens, as many as asked for; under echo, their text.
+Status truncate(const GenerationParams& params, const ValidationContext& context, TokenizedPrompt& prompt) {
   if (!params.truncate_prompt_tokens.has_value()) return Status();
   const int64_t keep = *params.truncate_prompt_tokens;
   MOED_RETURN_IF_ERROR(check_range("truncate_prompt_tokens", keep, -1, context.max_model_len));
   const int64_t limit = keep == -1 ? context.max_model_len : keep;
   if (limit == 0) return invalid_argument("truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens");
+  std::vector<int32_t>& tokens = prompt.tokens;
   const auto size = static_cast<int64_t>(tokens.size());
-  if (size > limit) tokens.erase(tokens.begin(), tokens.begin() + (size - limit));
+  if (size <= limit) return Status();
+  tokens.erase(tokens.begin(), tokens.begin() + (size - limit));
+  if (params.echo) {
+    MOED_ASSIGN_OR_RETURN(prompt.text, context.tokenizer->decode(tokens, params.skip_special_tokens));
+  }
   return Status();
 }
 
@@ -249,6 +278,34 @@ StatusOr<std::string> render_chat(const std::string& messages_json, const ChatTe
   }
   for (size_t i = 0; i < messages.size(); ++i) MOED_RETURN_IF_ERROR(check_message(messages[i], i, chat_template));
   return chat_template.render(messages.dump(-1, ' ', false, Json::error_handler_t::replace), options);
+}
+
+StatusOr<TokenizeResult> tokenize_text(const TokenizeParams& params, const ValidationContext& context) {
+  TokenizeResult result;
+  result.max_model_len = context.max_model_len;
+  std::string text;
+  if (params.chat) {
+    if (context.chat_template == nullptr) return invalid_argument("this checkpoint has no chat template", "messages");
+    MOED_RETURN_IF_ERROR(check_chat_length(params.messages_json, params.template_kwargs_json, context));
+    ChatTemplateOptions options;
+    options.add_generation_prompt = params.add_generation_prompt;
+    options.kwargs_json = params.template_kwargs_json;
+    MOED_ASSIGN_OR_RETURN(text, render_chat(params.messages_json, options, *context.chat_template));
+  } else {
+    text = params.text;
+  }
+  MOED_RETURN_IF_ERROR(check_length(text, params.chat ? "messages" : "prompt", context));
+  MOED_ASSIGN_OR_RETURN(result.tokens,
+                        context.tokenizer->encode(text, params.add_special_tokens.value_or(!params.chat)));
+  return result;
+}
+
+std::string clamp_defaults(GenerationDefaults& defaults) {
+  if (defaults.temperature <= kTemperatureMax) return "";
+  std::string line = "generation_config.json: temperature is " + std::to_string(defaults.temperature) +
+                     ", above what requests may ask for; " + std::to_string(kTemperatureMax) + " is the default";
+  defaults.temperature = kTemperatureMax;
+  return line;
 }
 
 RequestLimits request_limits(const ValidationContext& context) {
@@ -287,7 +344,7 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
 
   MOED_ASSIGN_OR_RETURN(auto prompts, params.chat ? chat_prompt(params, context) : completion_prompts(params, context));
   for (TokenizedPrompt& prompt : prompts) {
-    MOED_RETURN_IF_ERROR(truncate(params, context, prompt.tokens));
+    MOED_RETURN_IF_ERROR(truncate(params, context, prompt));
     if (prompt.tokens.empty()) {
       return invalid_argument("the prompt has no tokens", params.chat ? "messages" : "prompt");
     }

@@ -43,6 +43,13 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
 StatusOr<std::string> render_chat(const std::string& messages_json, const ChatTemplateOptions& options,
                                   const ChatTemplate& chat_template);
 
+// A door's tokenise call: bounded and templated as a generation's prompt is. Runs on the text pool.
+StatusOr<TokenizeResult> tokenize_text(const TokenizeParams& params, const ValidationContext& context);
+
+// Brings a checkpoint's defaults within what requests may ask for, or every request that leaves them out would be
+// refused. Returns a line for the log, empty when nothing was changed.
+std::string clamp_defaults(GenerationDefaults& defaults);
+
 RequestLimits request_limits(const ValidationContext& context);
 
 }  // namespace moed

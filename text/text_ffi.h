@@ -29,6 +29,9 @@ typedef struct MoedTextBytes {
 
 void moed_text_bytes_free(MoedTextBytes* bytes);
 
+// For tests: panics inside, so that it returns MOED_TEXT_INTERNAL.
+int32_t moed_text_test_panic(MoedTextBytes* message);
+
 typedef struct MoedTokenizer MoedTokenizer;
 
 // Reads tokenizer.json and tokenizer_config.json in the folder `path`.

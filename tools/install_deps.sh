@@ -10,14 +10,14 @@ cd "$(dirname "$0")/.."
 # Rust of the suite bookworm-security: bookworm's own rustc-web is too old for the crates that text/ pins.
 rust_min=1.88
 apt_build=(g++ cmake ninja-build ccache pkg-config ca-certificates rustc-web cargo-web
-  libboost1.81-dev libboost-context1.81-dev libssl-dev
+  libboost1.81-dev libssl-dev
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
   libdnnl-dev prometheus-cpp-dev libspdlog-dev nlohmann-json3-dev libcli11-dev libtomlplusplus-dev
-  libhwloc-dev libnuma-dev libgtest-dev libgmock-dev libbenchmark-dev)
+  libgtest-dev libbenchmark-dev)
 apt_serve=("${apt_build[@]}" python3 python3-venv curl)
 apt_test=("${apt_serve[@]}" clang-16 clang-tidy-16 clang-format-16 libclang-rt-16-dev)
-apt_runtime=(ca-certificates libboost-context1.81.0 libssl3 libgrpc++1.51 libprotobuf32 libdnnl2 libgomp1
-  libprometheus-cpp-core1.0 libspdlog1.10 libtomlplusplus3 libhwloc15 libnuma1)
+apt_runtime=(ca-certificates libssl3 libgrpc++1.51 libprotobuf32 libdnnl2 libgomp1
+  libprometheus-cpp-core1.0 libspdlog1.10 libtomlplusplus3)
 apt_docker=(buildah debootstrap curl ca-certificates)
 
 group=${1:-serve}

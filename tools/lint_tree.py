@@ -47,7 +47,7 @@ ISA_FLAG = re.compile(r"-m(arch=|tune=|cpu=|avx|amx|fma|sse|f16c|bmi)\S*")
 FORBIDDEN = [
     (re.compile(r"(py|test\.py)p[i]\.org|python[h]osted\.org|deb[.]debian\.org|security[.]debian\.org|[c]rates\.io"),
      "the host of a package registry"),
-    (re.compile(r"(?<![\w.])/(wor[k]|tm[p]/brief|hom[e]/\w+|roo[t])/"), "a path of somebody's machine"),
+    (re.compile(r"(?<![\w.])/(wor[k]|hom[e]/\w+|roo[t])/"), "a path of somebody's machine"),
     (re.compile(r"<<<<<<[<] |>>>>>>[>] "), "a merge conflict"),
     (re.compile(r"\b(TOD[O]|FIXM[E]|XX[X])\b(?!\()"), "an open end without its reason: TOD" "O(reason)"),
 ]

@@ -20,15 +20,17 @@ from safetensors.torch import load_file
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 OUT = ROOT / 'tests' / 'golden' / 'demo_greedy.json'
 NEW_TOKENS, DRAWS, RIVALS = 48, 8, 50
-PROMPTS = [
+PROMPTS = [  # the first for its text; the others because transformers is sure of many first steps
     'What is the capital of France?',
-    'What is 2 + 2?',
-    'Name the planets of the solar system.',
-    'Write a short poem about the sea.',
-    'Explain photosynthesis in one sentence.',
-    'Who wrote "Romeo and Juliet"?',
-    'Translate "good morning" into Spanish.',
-    'Give me three tips for staying healthy.',
+    'What is the capital of Germany?',
+    'What is the capital of Japan?',
+    'Name the days of the week.',
+    'Who was the first president of the United States?',
+    'What is the speed of light?',
+    'What is gravity?',
+    'What is the chemical symbol for gold?',
+    'What is the Great Wall of China?',
+    'What is the freezing point of water?',
 ]
 
 

@@ -176,7 +176,7 @@ class Emulation {
     });
   }
 
-  Device& host() { return *host_; }
+  Device& host() const { return *host_; }
 
   const std::unique_ptr<EmulatedMemory> memory;
   RaceChecker checker;
@@ -297,6 +297,10 @@ class EmulatedDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<EmulatedStream>(emulation_); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<EmulatedEvent>(emulation_); }
   Ops& ops() override { return ops_; }
+  int num_host_threads() const override { return emulation_.host().num_host_threads(); }
+  void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override {
+    emulation_.host().run_host(count, fn);
+  }
   void host_access(const void* data, int64_t bytes, Access access) override {
     if (bytes == 0) return;
     emulation_.memory->check_range(data, bytes, "host code", "memory");

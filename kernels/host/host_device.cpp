@@ -59,6 +59,7 @@ class HostDevice final : public Device {
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override {
     if (bytes < 0) return invalid_argument("cannot allocate " + std::to_string(bytes) + " bytes");
     MOED_ASSIGN_OR_RETURN(HugePages pages, HugePages::allocate(bytes));
+    pages.touch();
     std::byte* data = pages.data();
     if (data != nullptr) {
       std::lock_guard lock(mutex_);
@@ -69,6 +70,8 @@ class HostDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<HostStream>(); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<HostEvent>(); }
   Ops& ops() override { return ops_; }
+  int num_host_threads() const override { return pool_.num_threads(); }
+  void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override { pool_.run(count, fn); }
 
  private:
   void release(std::byte* data, int64_t, Memory) override {

@@ -21,6 +21,8 @@ constexpr int32_t kTaskColumnsMin = 16;
 constexpr int32_t kTaskColumnsMax = 64;
 // Elements that one task of the row-wise ops touches.
 constexpr int64_t kTaskElements = 8192;
+// Attention's partials of split contexts: within what the memory budget allows the process for such things.
+constexpr int64_t kSplitBytesMax = int64_t{64} << 20;
 
 // Rows of W in one task; a multiple of 8, so that only the last task has odd tiles.
 int32_t task_columns(int32_t k, int32_t n, int threads) {
@@ -83,8 +85,10 @@ void HostOps::reserve_scratch(const OpLimits& limits) {
   logits_.resize(int64_t{limits.rows} * limits.num_experts);
   shared_logits_.resize(limits.rows);
   // Long contexts of few rows are split by chunks until these partials are used up; what is left runs unsplit.
-  const int64_t split_vectors = int64_t{32} * pool_.num_threads() * chunks;
-  split_partials_.resize(pool_.num_threads() == 1 ? 0 : split_vectors * (limits.head_dim + 2));
+  const int64_t vector_floats = limits.head_dim + 2;
+  const int64_t split_vectors =
+      std::min(int64_t{32} * pool_.num_threads() * chunks, kSplitBytesMax / (int64_t{sizeof(float)} * vector_floats));
+  split_partials_.resize(pool_.num_threads() == 1 ? 0 : split_vectors * vector_floats);
   attention_tasks_.reserve(limits.rows + split_vectors);
   split_tiles_.reserve(limits.rows);
 }

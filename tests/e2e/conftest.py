@@ -2,7 +2,7 @@
 
 MOED_BINARY        the daemon (default build/release/server/moed)
 MOED_FAKE_BINARY   the same over an engine without a model (default build/release/tests/server/moed_fake)
-MOED_DEMO_MODEL    the demo model's folder (default models/demo)
+MOED_DEMO          the demo model's folder (default models/demo)
 """
 
 import importlib
@@ -21,8 +21,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 MOED = Path(os.environ.get("MOED_BINARY", ROOT / "build/release/server/moed"))
 FAKE = Path(os.environ.get("MOED_FAKE_BINARY", ROOT / "build/release/tests/server/moed_fake"))
-DEMO = Path(os.environ.get("MOED_DEMO_MODEL", ROOT / "models/demo"))
+DEMO = Path(os.environ.get("MOED_DEMO", ROOT / "models/demo"))
 READY = re.compile(r"ready: http (\S+):(\d+), grpc (\S+):(\d+)")
+LOADING = re.compile(r"loading .*; http (\S+):(\d+), grpc (\S+):(\d+)")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}\n{% endfor %}"
@@ -31,9 +32,9 @@ CHAT_TEMPLATE = (
 
 
 class Daemon:
-    """A daemon under test. `log` holds what it wrote so far."""
+    """A daemon under test, waited for until it says `said`. `log` holds what it wrote so far."""
 
-    def __init__(self, binary, model, *flags, ready_seconds=120, **environment):
+    def __init__(self, binary, model, *flags, said=READY, ready_seconds=120, **environment):
         clean = {name: value for name, value in os.environ.items() if not name.startswith("MOED_")}
         self.log = ""
         self._news = threading.Condition()
@@ -41,7 +42,7 @@ class Daemon:
             [str(binary), "serve", "--model", str(model), "--http-port", "0", "--grpc-port", "0", *flags],
             env=clean | environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         threading.Thread(target=self._read, daemon=True).start()
-        match = self.wait_log(READY, ready_seconds)
+        match = self.wait_log(said, ready_seconds)
         self.http_port, self.grpc_port = int(match[2]), int(match[4])
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.grpc_target = f"127.0.0.1:{self.grpc_port}"
@@ -136,8 +137,8 @@ def start_fake(tiny_model):
     """start_fake("--flag", ..., FAKE_LAYER_US="100"): a daemon of this test alone."""
     daemons = []
 
-    def start(*flags, **environment):
-        daemons.append(Daemon(FAKE, tiny_model, *flags, **environment))
+    def start(*flags, **options):
+        daemons.append(Daemon(FAKE, tiny_model, *flags, **options))
         return daemons[-1]
 
     yield start

@@ -1,14 +1,21 @@
 """The demo model, through the real daemon: the answer a newcomer gets."""
 
 import concurrent.futures
+import json
 
 import grpc
 import openai
 import pytest
+from conftest import ROOT
 
 QUESTION = "What is the capital of France?"
-TOPICS = ["France", "Italy", "Spain", "Japan", "Germany", "Egypt", "Canada", "Norway",
-          "water", "the sun", "bread", "music", "a cat", "rain", "iron", "the sea"]
+# Their answers begin with many tokens that roundings cannot turn.
+QUESTIONS = [QUESTION, "What is the capital of Japan?", "Name the days of the week.", "What is the speed of light?",
+             "Who was the first president of the United States?", "What is the Great Wall of China?", "What is gravity?",
+             "What is the chemical symbol for gold?", "What is the boiling point of water?", "What is the opposite of hot?",
+             "What is the freezing point of water?", "What is the largest ocean on Earth?", "What is photosynthesis?",
+             "What is the tallest mountain in the world?", "What is the smallest prime number?",
+             "What is the longest river in the world?"]
 
 
 @pytest.fixture(scope="module")
@@ -23,12 +30,20 @@ def ask(client, question, **options):
 
 def test_paris(client):
     plain = ask(client, QUESTION, max_tokens=32)
-    assert "Paris" in plain.choices[0].message.content and plain.choices[0].finish_reason == "stop"
+    assert plain.choices[0].message.content == "The capital of France is Paris."
+    assert plain.choices[0].finish_reason == "stop"
     chunks = list(ask(client, QUESTION, max_tokens=32, stream=True))
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == plain.choices[0].message.content
 
 
-def prefix_until_near_tie(answer, margin=0.1):
+def rounding_tolerance():
+    """How far roundings may move the lead of one token over another: the largest of the bounds derived for the steps of
+    tests/golden/demo_greedy.json (6 sigma each; tests/golden/README.md)."""
+    record = json.loads((ROOT / "tests/golden/demo_greedy.json").read_text())
+    return max(bound for answer in record["answers"] for bound in answer["tolerance"])
+
+
+def prefix_until_near_tie(answer, margin):
     """The tokens before the first whose lead over the next best is too small to survive other roundings."""
     tokens = []
     for entry in answer.choices[0].logprobs.content:
@@ -40,14 +55,14 @@ def prefix_until_near_tie(answer, margin=0.1):
 
 
 def test_sixteen_at_once_answer_as_alone(client):
-    questions = [f"Tell me about {topic} in one sentence." for topic in TOPICS]
+    """As far as roundings allow; test_deterministic.py asks for equality to the bit."""
     options = dict(max_tokens=16, logprobs=True, top_logprobs=2)
-    alone = [ask(client, question, **options) for question in questions]
+    alone = [ask(client, question, **options) for question in QUESTIONS]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        together = list(pool.map(lambda question: ask(client, question, **options), questions))
-    compared = 0
+        together = list(pool.map(lambda question: ask(client, question, **options), QUESTIONS))
+    margin, compared = rounding_tolerance(), 0
     for one, other in zip(alone, together):
-        tokens, near_tie = prefix_until_near_tie(one)
+        tokens, near_tie = prefix_until_near_tie(one, margin)
         got = [entry.token for entry in other.choices[0].logprobs.content]
         assert got[:len(tokens)] == tokens
         assert near_tie or other.choices[0].message.content == one.choices[0].message.content

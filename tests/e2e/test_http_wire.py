@@ -2,13 +2,16 @@
 
 import http.client
 import json
+import os
 import socket
+import subprocess
 import threading
 import time
 
 import openai
 import pytest
 import requests
+from conftest import LOADING, MOED, READY, Daemon
 
 # The fake engine's tokens depend on the seed even at temperature 0: what is compared gives one.
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -239,6 +242,93 @@ def test_routes_for_probes_and_people(fake):
     assert requests.get(fake.url + "/ready", timeout=10).json()["status"] == "ready"
     for name in ("vllm:num_requests_running", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"):
         assert name in requests.get(fake.url + "/metrics", timeout=10).text
+
+
+def test_loading_is_told(start_fake):
+    """The ports are open before the model is there."""
+    daemon = start_fake(said=LOADING, FAKE_LOAD_MS="2000")
+    assert "ready:" not in daemon.log
+    assert eventually(lambda: requests.get(daemon.url + "/ready", timeout=10).json().get("loaded_bytes") == 400)
+    ready = requests.get(daemon.url + "/ready", timeout=10)
+    assert ready.status_code == 503 and ready.json()["status"] == "loading" and ready.json()["total_bytes"] == 1000
+    assert requests.get(daemon.url + "/health", timeout=10).status_code == 503
+    assert requests.get(daemon.url + "/live", timeout=10).status_code == 200
+    body = {"messages": MESSAGES, "max_tokens": 2}
+    assert requests.post(daemon.url + "/v1/chat/completions", json=body, timeout=10).status_code == 503
+    assert "ready:" not in daemon.log, "the above came while it loaded"
+    daemon.wait_log(READY)
+    assert requests.get(daemon.url + "/health", timeout=10).status_code == 200
+    assert requests.get(daemon.url + "/ready", timeout=10).status_code == 200
+    assert requests.post(daemon.url + "/v1/chat/completions", json=body, timeout=10).status_code == 200
+
+
+def health_command(*flags, **environment):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MOED_")}
+    done = subprocess.run([str(MOED), "health", *flags], env=clean | environment, capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stderr
+
+
+def test_health_command(fake, tmp_path):
+    port = str(fake.http_port)
+    config = tmp_path / "moed.toml"
+    config.write_text(f'[server]\nhost = "0.0.0.0"\nhttp_port = {port}\n')
+    assert health_command("--http-port", port) == (0, "")
+    assert health_command("--port", port) == (0, "")
+    assert health_command("--config", str(config)) == (0, "")
+    assert health_command(MOED_CONFIG=str(config)) == (0, "")
+    assert health_command(MOED_HTTP_PORT=port) == (0, "")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        status, message = health_command("--config", str(config), "--http-port", str(closed.getsockname()[1]))
+    assert status == 1 and "does not answer" in message
+    assert health_command("--nonsense", "1")[0] == 2
+
+
+def test_large_chats_do_not_switch_chat_off(fake):
+    """A template that runs out of memory a few times is no longer run: no request may bring that about."""
+    objects = "[{}" + ",{}" * 4_000_000 + "]"
+    small = json.dumps(MESSAGES)
+    bodies = ['{"messages": %s, "chat_template_kwargs": {"x": %s}}' % (small, objects),
+              '{"messages": [{"role": "user", "content": "hi", "x": %s}]}' % objects]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        for body in bodies * 3:
+            answer = requests.post(fake.url + path, data=body, timeout=60, headers={"Content-Type": "application/json"})
+            assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded", answer.text
+    answer = requests.post(fake.url + "/v1/chat/completions", json={"messages": MESSAGES, "max_tokens": 2}, timeout=10)
+    assert answer.status_code == 200, answer.text
+
+
+def test_role_comes_while_text_is_held(start_fake):
+    """Text that may begin a stop string waits, the chunk with the role does not."""
+    daemon = start_fake(FAKE_LAYER_US="20000")
+    body = {"messages": MESSAGES, "max_tokens": 40, "ignore_eos": True, "allowed_token_ids": [97], "stop": "a" * 30 + "b",
+            "stream": True}
+    start = time.monotonic()
+    chunks, times = [], []
+    with requests.post(daemon.url + "/v1/chat/completions", json=body, stream=True, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line.startswith(b"data: {"):
+                chunks.append(json.loads(line[6:]))
+                times.append(time.monotonic() - start)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0] == {"role": "assistant", "content": ""} and deltas[1]["content"]
+    assert all(delta["content"] for delta in deltas[1:-1]), "no empty pieces"
+    assert "".join(delta.get("content", "") for delta in deltas) == "a" * 40
+    assert times[0] < times[1] / 2, times[:2]
+
+
+def test_dummy_weights_serve(tiny_model):
+    """A folder without weights: the real daemon makes some."""
+    daemon = Daemon(MOED, tiny_model, "--load-format", "dummy", "--kv-gib", "0.1")
+    try:
+        body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        answers = [requests.post(daemon.url + "/v1/completions", json=body, timeout=60) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [200, 200], answers[0].text
+        assert answers[0].json()["usage"] == answers[1].json()["usage"]
+        assert answers[0].json()["usage"]["completion_tokens"] == 4
+        assert answers[0].json()["choices"][0]["text"] == answers[1].json()["choices"][0]["text"]
+    finally:
+        assert daemon.stop() == 0, daemon.log
 
 
 def test_tokenize_and_back(fake):

@@ -11,6 +11,8 @@ from conftest import MOED, ROOT, Daemon
 
 RECORD = json.loads((ROOT / "tests/golden/demo_greedy.json").read_text())
 ANSWERS = RECORD["answers"]
+# The newcomer's question: transformers is unsure of "The", its answer is wanted all the same.
+PARIS = "What is the capital of France?"
 
 
 def client_of(daemon):
@@ -23,10 +25,10 @@ def ask(client, prompt, **options):
 
 
 def check(answer, recorded):
-    """Text is equal as far as transformers was sure of it; to the end when it was sure of all."""
+    """Text is equal as far as transformers was sure of it; to the end when it was sure of all, or when we insist."""
     assert answer.usage.prompt_tokens == len(recorded["prompt_tokens"])
     text, choice = recorded["text"], answer.choices[0]
-    if recorded["compared"] == len(recorded["tokens"]):
+    if recorded["compared"] == len(recorded["tokens"]) or recorded["prompt"] == PARIS:
         assert choice.message.content == text and choice.finish_reason == recorded["finish_reason"]
     else:
         assert choice.message.content.startswith(recorded["text_compared"])
@@ -62,7 +64,15 @@ def test_each_sure_step_equals_transformers(demo, recorded):
 
 
 def test_the_record_is_worth_comparing():
-    assert sum(len(sure_steps(recorded)) for recorded in ANSWERS) >= 150
+    assert [recorded["text"] for recorded in ANSWERS if recorded["prompt"] == PARIS] == ["The capital of France is Paris."]
+    compared = [recorded["compared"] for recorded in ANSWERS if recorded["prompt"] != PARIS]
+    assert len(compared) >= 8 and min(compared) >= 4 and sum(compared) >= 150
+    for recorded in ANSWERS:
+        assert recorded["text"].startswith(recorded["text_compared"])
+        assert recorded["compared"] == 0 or recorded["text_compared"]
+        sure = [margin > tolerance for margin, tolerance in zip(recorded["margin"], recorded["tolerance"])]
+        assert recorded["compared"] == [*sure, False].index(False)
+    assert sum(len(sure_steps(recorded)) for recorded in ANSWERS) >= 280
 
 
 def first_logprobs(daemon):

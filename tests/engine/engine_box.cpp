@@ -219,9 +219,13 @@ class Crowd {
 }  // namespace
 
 EngineBox::EngineBox(Model model, const TensorSource& source, const DeviceOptions& options, const EngineConfig& config)
+    : EngineBox(std::move(model), source, opened(options), config) {}
+
+EngineBox::EngineBox(Model model, const TensorSource& source, std::unique_ptr<Device> device,
+                     const EngineConfig& config)
     : model_(std::move(model)),
       config_(config),
-      device_(opened(options)),
+      device_(std::move(device)),
       weights_(loaded(DenseWeights::load(model_, source, [](int64_t) {}))),
       experts_(loaded(ExpertStore::load(model_, source, [](int64_t) {}))),
       engine_(loaded(make_engine(model_, weights_, experts_, *device_, config_))) {}

@@ -17,6 +17,8 @@ class EngineBox {
  public:
   // Weights of the source; the model's config says how they are used.
   EngineBox(Model model, const TensorSource& source, const DeviceOptions& options, const EngineConfig& config);
+  // On a device of the caller's.
+  EngineBox(Model model, const TensorSource& source, std::unique_ptr<Device> device, const EngineConfig& config);
   Engine& engine() { return *engine_; }
   const Model& model() const { return model_; }
   const EngineConfig& config() const { return config_; }

@@ -6,6 +6,7 @@
 #include "engine/kv_pool.h"
 #include "plan/memory_budget.h"
 #include "tests/engine/engine_box.h"
+#include "tests/engine/late_device.h"
 
 namespace moed {
 namespace {
@@ -262,9 +263,19 @@ TEST(KvPool, BlocksOfAllLayersAreApart) {
   const KvLayer last = pool->layer(model.config.num_layers - 1);
   const auto elements = static_cast<size_t>(last.block_stride);
   const std::vector<Bf16> before(last.k(4, 0), last.k(4, 0) + elements);
-  pool->copy_block(4, 1);
-  EXPECT_EQ(std::memcmp(last.k(1, 0), before.data(), elements * sizeof(Bf16)), 0);
+  // In its turn: after what was enqueued before it, even where nothing of that has run.
+  const auto device = late_device(open_device("cpu", {.num_threads = 1}).value());
+  const auto stream = device->make_stream();
+  const std::vector<Bf16> first(last.k(0, 0), last.k(0, 0) + elements);
+  stream->copy(last.k(4, 0), first.data(), static_cast<int64_t>(elements * sizeof(Bf16)));
+  pool->copy_block(4, 1, *stream);
+  pool->copy_block(2, 4, *stream);
   EXPECT_EQ(std::memcmp(last.k(4, 0), before.data(), elements * sizeof(Bf16)), 0);
+  const auto copied = device->make_event();
+  stream->record(*copied);
+  ASSERT_TRUE(copied->join().ok());
+  EXPECT_EQ(std::memcmp(last.k(1, 0), first.data(), elements * sizeof(Bf16)), 0);
+  EXPECT_EQ(std::memcmp(last.k(4, 0), last.k(2, 0), elements * sizeof(Bf16)), 0);
 }
 
 }  // namespace

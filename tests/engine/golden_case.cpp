@@ -1,11 +1,13 @@
 #include "tests/engine/golden_case.h"
 
+#include <algorithm>
 #include <cstring>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "base/bf16.h"
 #include "base/check.h"
 
 namespace moed {
@@ -32,7 +34,8 @@ class ExpectedFile {
   template <class T>
   std::vector<T> read(const std::string& name) const {
     const nlohmann::json& at = entry(name);
-    MOED_CHECK(at.at("dtype") == (std::is_same_v<T, float> ? "F32" : "I32")) << path_ << ": " << name;
+    constexpr const char* kDtype = std::is_same_v<T, float> ? "F32" : std::is_same_v<T, Bf16> ? "BF16" : "I32";
+    MOED_CHECK(at.at("dtype") == kDtype) << path_ << ": " << name;
     const size_t begin = data_ + at.at("data_offsets").at(0).get<size_t>();
     const size_t end = data_ + at.at("data_offsets").at(1).get<size_t>();
     MOED_CHECK(begin <= end && end <= bytes_.size()) << path_ << ": " << name;
@@ -78,7 +81,17 @@ std::vector<GoldenPrompt> read_golden(const std::string& name) {
     prompt.compared = file.read<int32_t>(prefix + "compared");
     prompt.greedy_tokens = file.read<int32_t>(prefix + "greedy_tokens");
     prompt.greedy_compared = file.read<int32_t>(prefix + "greedy_compared").at(0);
+    prompt.greedy_margin = file.read<float>(prefix + "greedy_margin");
+    prompt.greedy_tolerance = file.read<float>(prefix + "greedy_tolerance");
+    if (p == 1) {
+      const std::vector<Bf16> rough = file.read<Bf16>(prefix + "logits_bf16");
+      std::vector<float> wide(rough.size());
+      std::transform(rough.begin(), rough.end(), wide.begin(), [](Bf16 value) { return static_cast<float>(value); });
+      prompt.logits_bf16 = in_rows(wide, prompt.logits[0].size());
+    }
     if (!file.has(prefix + "experts")) continue;
+    prompt.router_margin = in_rows(file.read<float>(prefix + "router_margin"), prompt.tokens.size());
+    prompt.router_error = in_rows(file.read<float>(prefix + "router_error"), prompt.tokens.size());
     const std::vector<int64_t> shape = file.shape(prefix + "experts");
     const auto rows = in_rows(file.read<int32_t>(prefix + "experts"), static_cast<size_t>(shape.at(2)));
     prompt.experts = in_rows(rows, static_cast<size_t>(shape.at(1)));

@@ -10,10 +10,15 @@ namespace moed {
 struct GoldenPrompt {
   std::vector<int32_t> tokens;                             // [T]
   std::vector<std::vector<float>> logits;                  // [T][vocab], transformers in fp32
+  std::vector<std::vector<float>> logits_bf16;             // [T][vocab], transformers in bf16; prompt 1 alone has them
   std::vector<float> logit_tolerance;                      // [T]
   std::vector<std::vector<std::vector<int32_t>>> experts;  // [MoE layers][T][top_k]
+  std::vector<std::vector<float>> router_margin;           // [MoE layers][T]
+  std::vector<std::vector<float>> router_error;            // [MoE layers][T]
   std::vector<int32_t> compared;                           // [T]
   std::vector<int32_t> greedy_tokens;                      // [G]
+  std::vector<float> greedy_margin;                        // [G]
+  std::vector<float> greedy_tolerance;                     // [G]
   int32_t greedy_compared = 0;
 };
 

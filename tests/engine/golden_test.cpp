@@ -208,6 +208,42 @@ TEST_P(Golden, LogitsAndExpertsEqualTransformers) {
   }
 }
 
+// What is compared follows from the recorded margins and errors, and the tolerances fit an engine that is not ours.
+TEST_P(Golden, TolerancesAndExclusionsFollowFromTheRecord) {
+  double worst = 0.0;
+  for (const GoldenPrompt& prompt : prompts_) {
+    bool clear = true;
+    for (size_t row = 0; row < prompt.tokens.size(); ++row) {
+      for (size_t layer = 0; layer < prompt.experts.size(); ++layer) {
+        clear = clear && prompt.router_margin.at(layer).at(row) > prompt.router_error.at(layer).at(row);
+      }
+      EXPECT_EQ(prompt.compared.at(row), clear ? 1 : 0) << "row " << row;
+      if (!clear || prompt.logits_bf16.empty()) continue;
+      ASSERT_EQ(prompt.logits_bf16.at(row).size(), prompt.logits[row].size());
+      for (size_t token = 0; token < prompt.logits[row].size(); ++token) {
+        const double error = std::abs(prompt.logits_bf16[row][token] - prompt.logits[row][token]);
+        worst = std::max(worst, error / prompt.logit_tolerance.at(row));
+      }
+    }
+    ASSERT_EQ(prompt.greedy_margin.size(), prompt.greedy_tokens.size());
+    EXPECT_EQ(prompt.greedy_tolerance.at(0), prompt.logit_tolerance.back());
+    int32_t sure = 0;
+    while (clear && sure < std::ssize(prompt.greedy_tokens) &&
+           prompt.greedy_margin.at(sure) > 2 * prompt.greedy_tolerance.at(sure)) {
+      ++sure;
+    }
+    // With routers, one of them may end the run before a margin does.
+    EXPECT_LE(prompt.greedy_compared, sure);
+    if (prompt.experts.empty()) {
+      EXPECT_EQ(prompt.greedy_compared, sure);
+    }
+    EXPECT_GE(prompt.greedy_compared, 2);
+  }
+  // bf16 throughout rounds more often than the engine does: far below the tolerances they would be too wide.
+  EXPECT_LE(worst, 1.0);
+  EXPECT_GE(worst, 0.25);
+}
+
 TEST_P(Golden, GreedyTextEqualsTransformers) {
   EngineBox box(model_, *source_, {.num_threads = 2}, golden_config());
   for (const GoldenPrompt& prompt : prompts_) {

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "tests/engine/engine_box.h"
+#include "tests/engine/late_device.h"
 
 namespace moed {
 namespace {
@@ -74,6 +75,26 @@ TEST_P(Invariance, CrowdsChangeNothing) {
   EXPECT_GT(counts.num_drops, 10);
   EXPECT_GT(counts.num_interrupts, 10);
   EXPECT_GT(counts.num_splits, 10);
+}
+
+// A device that runs behind the host, as far as it may.
+TEST_P(Invariance, LatenessChangesNothing) {
+  const Model model = parse_tiny(tiny_models()[GetParam()]);
+  const auto source = dummy_weights(model, 21);
+  const DeviceOptions options{.num_threads = 1, .deterministic = true};
+  EngineBox alone(model, *source, options, small_config());
+  EngineBox late(model, *source, late_device(open_device("cpu", options).value()), small_config());
+  CrowdCounts counts;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    const std::vector<Job> jobs = random_jobs(model.config, 10, seed);
+    const std::vector<Answer> got = run_crowd(late, jobs, seed * 100, counts);
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      const Answer wanted = run_alone(alone, jobs[i], 40);
+      EXPECT_TRUE(same_bits(got[i].generated, wanted.generated)) << "seed " << seed << ", job " << i;
+      EXPECT_TRUE(same_bits(got[i].prompt_scores, wanted.prompt_scores)) << "seed " << seed << ", job " << i;
+    }
+  }
+  EXPECT_GT(counts.num_drops, 10);
 }
 
 INSTANTIATE_TEST_SUITE_P(Tiny, Invariance, ::testing::Range(0, static_cast<int>(tiny_models().size())),

@@ -204,6 +204,50 @@ TEST(Sampler, DrawsFollowTheDistribution) {
   }
 }
 
+// The token that is drawn, walking a full sort.
+int32_t brute_force_draw(const std::vector<float>& logits, const SamplingParams& params) {
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  const float inverse = 1.0F / params.temperature;
+  std::vector<double> weights;
+  double total = 0.0;
+  for (const int32_t token : order) {
+    const float weight = exp_negative((logits[token] - logits[order[0]]) * inverse);
+    weights.push_back(weight >= params.min_p ? weight : 0.0);
+    total += weights.back();
+  }
+  size_t kept = 0;
+  double held = 0.0;
+  while (kept < weights.size() && (kept == 0 || held < params.top_p * total)) held += weights[kept++];
+  double left = uniform_draw(params.seed, 0) * held;
+  size_t at = 0;
+  while (at + 1 < kept && left >= weights[at]) left -= weights[at++];
+  return order[at];
+}
+
+TEST(Sampler, WideDrawsEqualAFullSort) {
+  std::mt19937_64 random(21);
+  int num_checked = 0;
+  for (int round = 0; round < 120; ++round) {
+    std::vector<float> logits = random_logits(100 + static_cast<int>(random() % 6000), random(), 0.1F + random() % 5);
+    if (round % 3 == 0) {  // many ties
+      for (float& logit : logits) logit = std::round(logit * 4.0F) / 4.0F;
+    }
+    if (round % 4 == 0) logits[random() % logits.size()] = -kInfinity;
+    if (round % 5 == 0) logits[random() % logits.size()] = -1e30F;
+    for (const float top_p : {0.5F, 0.9F, 0.9999F}) {
+      SamplingParams params{.temperature = 0.5F + static_cast<float>(random() % 4) * 0.5F, .top_p = top_p};
+      if (round % 7 == 0) params.min_p = 0.001F;
+      for (params.seed = 0; params.seed < 10; ++params.seed) {
+        EXPECT_EQ(sample(logits, params).token, brute_force_draw(logits, params)) << round << " " << params.seed;
+        ++num_checked;
+      }
+    }
+  }
+  EXPECT_EQ(num_checked, 3600);
+}
+
 TEST(Sampler, PenaltiesAndBansFollowTheirDefinitions) {
   std::mt19937_64 random(9);
   for (int round = 0; round < 300; ++round) {
@@ -288,6 +332,41 @@ TEST(Sampler, LogprobsAreOfTheLogitsBeforeAnyChange) {
   params.num_logprobs = 0;
   EXPECT_TRUE(sample(logits, params, tokens, 2).top.empty());
   EXPECT_NEAR(sample(logits, params, tokens, 2).logprob, scored.logprob, 0.0F);
+}
+
+// Whatever a request may ask for, and what only other callers could: the process lives and a token that may be drawn
+// is.
+TEST(Sampler, ExtremeParametersLeaveTheLogitsFinite) {
+  const std::vector<int32_t> tokens = {0, 1, 2, 3, 2, 3};
+  for (const float size : {1e4F, 3e38F}) {
+    const std::vector<float> logits = {size, -size, size, -size, 0.0F, 1.0F};
+    for (const float repetition : {1e-38F, 0.01F, 1.0F, 100.0F, 1e38F}) {
+      for (const float temperature : {0.0F, 1e-5F, 1.0F, 2.0F}) {
+        for (const float bias : {-100.0F, 100.0F}) {
+          for (const bool restrict : {false, true}) {
+            SamplingParams params{.temperature = temperature,
+                                  .presence_penalty = bias > 0.0F ? 2.0F : -2.0F,
+                                  .frequency_penalty = bias > 0.0F ? 2.0F : -2.0F,
+                                  .repetition_penalty = repetition,
+                                  .logit_bias = {{0, bias}, {1, bias}, {3, bias}},
+                                  .num_logprobs = 2};
+            if (restrict) params.allowed_token_ids = {1, 3};
+            for (const float top_p : {0.9F, 1.0F}) {
+              params.top_p = top_p;
+              const ScoredToken scored = sample(logits, params, tokens, 2);
+              EXPECT_TRUE(!restrict || scored.token == 1 || scored.token == 3) << scored.token;
+              EXPECT_TRUE(scored.token >= 0 && scored.token < 6) << scored.token;
+              EXPECT_FALSE(std::isnan(scored.logprob));
+            }
+          }
+        }
+      }
+    }
+  }
+  // Overflow is the largest logit, not an error.
+  EXPECT_EQ(
+      sample({4.0F, 5.0F, 0.0F}, {.temperature = 0.0F, .repetition_penalty = 1e-38F}, std::vector<int32_t>{0, 1}).token,
+      0);
 }
 
 TEST(SamplerDeathTest, BrokenLogitsEndTheProcess) {

@@ -9,6 +9,7 @@
 namespace {
 
 std::atomic<int64_t> allocations{0};
+std::atomic<int64_t> allocated_bytes{0};
 
 }  // namespace
 
@@ -16,11 +17,13 @@ std::atomic<int64_t> allocations{0};
 // returned.
 [[gnu::noinline]] void* operator new(size_t bytes) {
   allocations.fetch_add(1);
+  allocated_bytes.fetch_add(static_cast<int64_t>(bytes));
   if (void* data = std::malloc(bytes)) return data;
   throw std::bad_alloc();
 }
 [[gnu::noinline]] void* operator new(size_t bytes, const std::nothrow_t&) noexcept {
   allocations.fetch_add(1);
+  allocated_bytes.fetch_add(static_cast<int64_t>(bytes));
   return std::malloc(bytes);
 }
 [[gnu::noinline]] void operator delete(void* data) noexcept { std::free(data); }
@@ -71,6 +74,23 @@ TEST(Allocation, OpsTakeNothingAfterReserve) {
   ops.attention(attention, *stream);
   ops.route(route, *stream);
   EXPECT_EQ(allocations.load(), before);
+}
+
+// plan/memory_budget.cpp grants the process 384 MiB for all that is neither weights, KV nor activations.
+TEST(Allocation, WorkspacesOfLongContextsStayWithinTheBudget) {
+  auto device = open_device("cpu", {.num_threads = 64, .deterministic = true, .isa = ""}).value();
+  OpLimits limits;
+  limits.rows = 512;
+  limits.hidden = 4096;
+  limits.intermediate = 14336;
+  limits.num_heads = 32;
+  limits.head_dim = 128;
+  limits.context_tokens = 131072;
+  limits.num_experts = 64;
+  limits.choices = 8;
+  const int64_t before = allocated_bytes.load();
+  ASSERT_TRUE(device->ops().reserve(limits).ok());
+  EXPECT_LT(allocated_bytes.load() - before, int64_t{128} << 20);
 }
 
 }  // namespace

@@ -1,8 +1,10 @@
 #include "kernels/device.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cstdint>
+#include <fstream>
 #include <string>
 
 namespace moed {
@@ -53,6 +55,22 @@ TEST(Device, BuffersAreAlignedZeroedAndMovable) {
   const auto huge = device->allocate(int64_t{1} << 60, Memory::kDevice);
   ASSERT_FALSE(huge.ok());
   EXPECT_EQ(huge.status().code(), StatusCode::kResourceExhausted);
+}
+
+int64_t resident_bytes() {
+  int64_t total_pages = 0;
+  int64_t resident_pages = 0;
+  std::ifstream("/proc/self/statm") >> total_pages >> resident_pages;
+  return resident_pages * sysconf(_SC_PAGESIZE);
+}
+
+// What is not there is noticed at start.
+TEST(Device, BuffersAreBackedAtOnce) {
+  constexpr int64_t kBytes = int64_t{64} << 20;
+  auto device = open_device("cpu", {.num_threads = 1, .deterministic = false, .isa = ""}).value();
+  const int64_t before = resident_bytes();
+  const Buffer buffer = device->allocate(kBytes, Memory::kDevice).value();
+  EXPECT_GE(resident_bytes() - before, kBytes / 10 * 9);
 }
 
 TEST(Device, StreamsRunInOrderAndEventsMeasure) {

@@ -320,6 +320,27 @@ TEST(Config, ConflictsBetweenFields) {
             std::string::npos);
 }
 
+// A model card of Qwen's tells to add rope_scaling and says nothing of max_position_embeddings.
+TEST(Config, YarnStretchesTheContext) {
+  const auto positions = [](const std::string& scaling, const char* own) {
+    return parsed(config_with("Qwen3MoeForCausalLM", {{"rope_scaling", scaling}, {"max_position_embeddings", own}}))
+        .max_positions;
+  };
+  const char* qwen = R"({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768})";
+  EXPECT_EQ(positions(qwen, "40960"), 131072);
+  EXPECT_EQ(positions(qwen, "32768"), 131072);
+  // What the checkpoint names itself is never cut; without an original length, its own is stretched.
+  EXPECT_EQ(positions(qwen, "262144"), 262144);
+  EXPECT_EQ(positions(R"({"type": "yarn", "factor": 2.5})", "1001"), 2502);
+  EXPECT_EQ(positions(R"({"rope_type": "yarn", "original_max_position_embeddings": 1024})", "4096"), 4096);
+  EXPECT_EQ(positions(R"({"rope_type": "yarn", "factor": 1e6})", "4096"), 1 << 24);
+  // Others do not stretch.
+  EXPECT_EQ(positions(R"({"rope_type": "linear", "factor": 4.0})", "4096"), 4096);
+  EXPECT_EQ(
+      positions(R"({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0})", "4096"),
+      4096);
+}
+
 TEST(Config, TextThatIsNoConfig) {
   const auto error = [](const std::string& text) { return parse_model_config(text, "").status().message(); };
   EXPECT_EQ(error(""), "config.json: not valid JSON at byte 1");
@@ -390,6 +411,9 @@ TEST(Generation, BadFieldsAreNamed) {
                                                      {R"({"top_k": 2.5})", "top_k is 2.5"},
                                                      {R"({"min_p": "x"})", "min_p is \"x\""},
                                                      {R"({"repetition_penalty": 0})", "repetition_penalty is 0"},
+                                                     {R"({"repetition_penalty": 1e-5})", "repetition_penalty is 1e-05"},
+                                                     {R"({"repetition_penalty": 101})", "repetition_penalty is 101"},
+                                                     {R"({"temperature": 2.1})", "temperature is 2.1"},
                                                      {R"({"eos_token_id": "x"})", "eos_token_id is \"x\""},
                                                      {"[]", "not an object"},
                                                      {"{", "not valid JSON"}};

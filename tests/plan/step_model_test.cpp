@@ -34,6 +34,72 @@ TEST(StepModel, MoreWorkNeverCostsLess) {
   }
 }
 
+// 128 experts of which a row chooses 8: one row reads a sixteenth of them, many rows read nearly all.
+const StepCosts kSparse{
+    .dense_us = 100.0, .experts_us = 1600.0, .expert_share = 8.0 / 128.0, .row_us = 1.0, .context_us = 0.001};
+
+TEST(StepModel, SweepsTheExpertsThatRowsChoose) {
+  const StepModel model(kSparse);
+  EXPECT_DOUBLE_EQ(model.sweep_us(), 1700.0);
+  EXPECT_NEAR(model.predict_us(rows(1)), 100.0 + 100.0, 1e-9);
+  EXPECT_NEAR(model.predict_us(rows(2)), 100.0 + 1600.0 * (1.0 - 15.0 / 16.0 * 15.0 / 16.0), 1e-9);
+  EXPECT_NEAR(model.predict_us(rows(512)), 1700.0, 1e-6);
+  EXPECT_DOUBLE_EQ(StepModel(StepCosts{.experts_us = 5.0, .expert_share = 1.0}).predict_us(rows(1)), 5.0);
+}
+
+TEST(StepModel, OneDecodeRowDoesNotRideInALongChunkOfASparseModel) {
+  const StepModel model(kSparse);
+  EXPECT_FALSE(model.share_sweep(rows(1), rows(512)));
+  EXPECT_FALSE(model.share_sweep(rows(4), rows(512)));
+  EXPECT_TRUE(model.share_sweep(rows(64), rows(512)));  // their own sweep is nearly as long
+}
+
+TEST(StepModel, RidingNeverDoublesTheTimeOfWhoRides) {
+  std::mt19937 random(3);
+  int num_shared = 0;
+  for (int i = 0; i < 3000; ++i) {
+    const StepModel model(StepCosts{.dense_us = 1.0 * (random() % 1000),
+                                    .experts_us = 1.0 * (random() % 5000),
+                                    .expert_share = 0.01 * (random() % 101),
+                                    .row_us = 0.01 * (random() % 500),
+                                    .context_us = 1e-4 * (random() % 100),
+                                    .attended_us = 1e-6 * (random() % 100)});
+    StepShape light, heavy, both;
+    const auto add = [&](StepShape& shape, int32_t num_cached, int32_t num_new) {
+      shape.add(num_cached, num_new, true);
+      both.add(num_cached, num_new, true);
+    };
+    for (auto left = 1 + random() % 64; left > 0; --left) add(light, static_cast<int32_t>(random() % 4000), 1);
+    add(heavy, static_cast<int32_t>(random() % 30'000), 1 + static_cast<int32_t>(random() % 512));
+    if (!model.share_sweep(light, heavy)) continue;
+    ++num_shared;
+    EXPECT_LE(model.predict_us(both), 2.0 * model.predict_us(light));
+    EXPECT_LE(model.predict_us(both), model.predict_us(light) + model.predict_us(heavy));
+  }
+  EXPECT_GT(num_shared, 300);
+}
+
+TEST(StepShape, RowsAttendToAllBeforeThem) {
+  StepShape shape;
+  shape.add(0, 3, false);   // 1 + 2 + 3
+  shape.add(10, 1, true);   // 11
+  shape.add(100, 2, true);  // 101 + 102
+  EXPECT_EQ(shape.num_sequences, 3);
+  EXPECT_EQ(shape.num_rows, 6);
+  EXPECT_EQ(shape.num_sampled, 2);
+  EXPECT_EQ(shape.context_tokens, 3 + 11 + 102);
+  EXPECT_EQ(shape.attended_tokens, 6 + 11 + 203);
+}
+
+TEST(StepModel, AttentionOfAChunkCostsItsProducts) {
+  const StepModel model(StepCosts{.dense_us = 100.0, .context_us = 0.01, .attended_us = 0.001});
+  StepShape decode, chunk;
+  decode.add(31'999, 1, true);
+  chunk.add(31'488, 512, true);
+  EXPECT_DOUBLE_EQ(model.predict_us(decode), 100.0 + 320.0);  // the KV is read
+  EXPECT_DOUBLE_EQ(model.predict_us(chunk), 100.0 + 0.001 * (512.0 * 31'488 + 512 * 513 / 2));
+}
+
 TEST(StepModel, SharesASweepOnlyWhenItIsWorthTheDelay) {
   // Streaming: the sweep outweighs any rows. Riding costs nothing and saves a sweep.
   EXPECT_TRUE(StepModel(1e6, 1.0, 0.0).share_sweep(rows(8), rows(512)));
@@ -91,6 +157,23 @@ TEST(Tracker, CorrectsTheTermThatWasMeasured) {
   EXPECT_DOUBLE_EQ(tracker.model().row_us(), 2.0);
 }
 
+TEST(Tracker, ScalesBothSweepsAndTheBindingAttention) {
+  StepCosts prior = kSparse;
+  prior.attended_us = 1e-4;
+  Tracker sweeps((StepModel(prior)));
+  for (int i = 0; i < 60; ++i) sweeps.observe(rows(4), 3.0 * StepModel(prior).predict_us(rows(4)));
+  EXPECT_NEAR(sweeps.model().costs().dense_us, 300.0, 10.0);
+  EXPECT_NEAR(sweeps.model().costs().experts_us, 4800.0, 160.0);
+  EXPECT_DOUBLE_EQ(sweeps.model().row_us(), prior.row_us);
+  StepShape chunk;
+  chunk.add(100'000, 512, true);
+  Tracker attention((StepModel(prior)));
+  for (int i = 0; i < 60; ++i) attention.observe(chunk, 3.0 * StepModel(prior).predict_us(chunk));
+  EXPECT_GT(attention.model().costs().attended_us, 2.0 * prior.attended_us);
+  EXPECT_DOUBLE_EQ(attention.model().context_us(), prior.context_us);
+  EXPECT_NEAR(attention.model().predict_us(chunk) / StepModel(prior).predict_us(chunk), 3.0, 0.1);
+}
+
 TEST(Tracker, StaysNearThePrior) {
   Tracker tracker(StepModel(100.0, 2.0, 0.001));
   for (int i = 0; i < 1000; ++i) tracker.observe(rows(4, 10), 1e12);
@@ -124,6 +207,11 @@ TEST(PriorStepModel, MixtralOnAKnownMachine) {
   EXPECT_NEAR(model.sweep_us(), 2 * 46.70e9 / 100e3, 0.005 * 934e3);
   EXPECT_NEAR(model.row_us(), 2 * 12.75e9 / 1e6, 0.005 * 25.5e3);
   EXPECT_DOUBLE_EQ(model.context_us(), 131'072 / 100e3);
+  // All but 2 * 32'000 * 4096 of embeddings, attention and routers are experts.
+  EXPECT_NEAR(model.costs().experts_us, 2 * 32 * 8 * 3 * 4096.0 * 14'336 / 100e3, 1.0);
+  EXPECT_DOUBLE_EQ(model.costs().dense_us, model.sweep_us() - model.costs().experts_us);
+  EXPECT_DOUBLE_EQ(model.costs().expert_share, 0.25);
+  EXPECT_DOUBLE_EQ(model.costs().attended_us, 4.0 * 32 * 128 * 32 / 1e6);
 }
 
 }  // namespace

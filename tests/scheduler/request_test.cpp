@@ -37,14 +37,16 @@ TEST(Request, AcceptsTheBoundsOfEachField) {
                    .min_p = 1.0F,
                    .presence_penalty = -2.0F,
                    .frequency_penalty = 2.0F,
-                   .repetition_penalty = 0.1F,
                    .logit_bias = {{0, -100.0F}, {99, 100.0F}},
                    .allowed_token_ids = {0, 98},
                    .min_tokens = 50,
                    .num_logprobs = 5};
   spec.stop_token_ids = {0, 1, 99};
-  const StatusOr<Request> request = Request::make(spec, kLimits);
-  EXPECT_TRUE(request.ok()) << request.status().message();
+  for (const float penalty : {0.01F, 100.0F}) {
+    spec.sampling.repetition_penalty = penalty;
+    const StatusOr<Request> request = Request::make(spec, kLimits);
+    EXPECT_TRUE(request.ok()) << request.status().message();
+  }
 }
 
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
@@ -72,9 +74,12 @@ const Case kRefused[] = {
     {"top_k", [](RequestSpec& s) { s.sampling.top_k = -2; }, "not -2"},
     {"presence_penalty", [](RequestSpec& s) { s.sampling.presence_penalty = 2.1F; }, "between -2 and 2"},
     {"frequency_penalty", [](RequestSpec& s) { s.sampling.frequency_penalty = kNan; }, "between -2 and 2"},
-    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 0.0F; }, "above 0"},
-    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = kInf; }, "finite"},
-    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = kNan; }, "finite"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 0.0F; }, "between 0.01 and 100, not 0"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 1e-38F; }, "not 1e-38"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 0.0099F; }, "not 0.0099"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = 100.1F; }, "not 100.1"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = kInf; }, "not inf"},
+    {"repetition_penalty", [](RequestSpec& s) { s.sampling.repetition_penalty = kNan; }, "nan"},
     {"logprobs", [](RequestSpec& s) { s.sampling.num_logprobs = 6; }, "not 6"},
     {"logit_bias",
      [](RequestSpec& s) {

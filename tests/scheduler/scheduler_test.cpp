@@ -1,7 +1,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <numeric>
 #include <tuple>
 
 #include "tests/scheduler/expectations.h"
@@ -101,6 +100,46 @@ TEST(Scheduler, RefusesWhenTooManyPromptTokensWait) {
   const Status status = harness.add(make_spec(2, make_prompt(3, 2), 3));
   EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
   EXPECT_NE(status.message().find("queue_tokens_max 10"), std::string::npos) << status.message();
+}
+
+TEST(Scheduler, EachChoiceOfAWaitingRequestCountsItsPrompt) {
+  SchedulerConfig config = small_config();
+  config.queue_tokens_max = 30;
+  Harness harness(config);
+  RequestSpec many = make_spec(1, make_prompt(8, 1), 3);
+  many.n = 3;
+  ASSERT_TRUE(harness.add(many).ok());
+  EXPECT_EQ(harness.add(make_spec(2, make_prompt(7, 2), 3)).code(), StatusCode::kResourceExhausted);
+  ASSERT_TRUE(harness.add(make_spec(3, make_prompt(6, 3), 3)).ok());
+  harness.scheduler.finish(1, FinishReason::kCancelled);
+  RequestSpec more = make_spec(4, make_prompt(7, 4), 3);
+  more.n = 4;
+  const Status status = harness.add(more);
+  EXPECT_NE(status.message().find("6 prompt tokens wait, 28 more would pass queue_tokens_max 30"), std::string::npos)
+      << status.message();
+  ASSERT_TRUE(harness.run(kInteractive));  // 3 waits no more
+  ASSERT_TRUE(harness.add(more).ok());
+  harness.run_all();
+  expect_clean(harness);
+}
+
+TEST(Scheduler, ABlockedHeadStartsWhenItsPrefixHasBeenComputed) {
+  SchedulerConfig config = small_config();
+  config.num_blocks = 15;
+  config.reserve_blocks = 0;
+  Harness harness(config);
+  // Twice the same ten blocks of prompt: the second fits only when it shares the first one's.
+  ASSERT_TRUE(harness.add(make_spec(1, make_prompt(40, 1), 4)).ok());
+  ASSERT_TRUE(harness.add(make_spec(2, make_prompt(40, 1), 4)).ok());
+  ASSERT_TRUE(harness.run(kBulk));
+  EXPECT_EQ(harness.scheduler.stats().num_running, 1);
+  ASSERT_TRUE(harness.run(kInteractive));
+  EXPECT_EQ(harness.scheduler.stats().num_running, 2);
+  harness.run_all();
+  EXPECT_EQ(harness.of(2).num_cached_tokens, 32);
+  expect_answer(harness, make_spec(1, make_prompt(40, 1), 4));
+  expect_answer(harness, make_spec(2, make_prompt(40, 1), 4));
+  expect_clean(harness);
 }
 
 TEST(Scheduler, PriorityThenArrival) {
@@ -422,72 +461,6 @@ TEST(Scheduler, MinTokensKeepsStopsAway) {
   for (size_t i = 0; i < 6; ++i) EXPECT_EQ(harness.of(1).tokens[i], kVocab - 1);
 }
 
-TEST(Scheduler, LongPromptsAreBulkAndShortOnesAreNot) {
-  Harness harness(small_config());
-  ASSERT_TRUE(harness.add(make_spec(1, make_prompt(8, 1), 2)).ok());
-  EXPECT_TRUE(harness.begin(kBulk).empty());
-  ASSERT_TRUE(harness.add(make_spec(2, make_prompt(9, 2), 2)).ok());
-  const auto bulk = harness.begin(kBulk);
-  ASSERT_EQ(bulk.size(), 1U);
-  EXPECT_EQ(bulk[0].num_new, 9);
-  const auto interactive = harness.begin(kInteractive);
-  ASSERT_EQ(interactive.size(), 1U);
-  EXPECT_EQ(interactive[0].num_new, 8);
-}
-
-TEST(Scheduler, ChunksAreBoundedAndPacked) {
-  SchedulerConfig config = small_config();
-  config.pass_rows_max = 16;
-  Harness harness(config);
-  const RequestSpec first = make_spec(1, make_prompt(40, 1), 2);
-  const RequestSpec second = make_spec(2, make_prompt(20, 2), 2);
-  ASSERT_TRUE(harness.add(first).ok());
-  ASSERT_TRUE(harness.add(second).ok());
-  std::vector<std::vector<int32_t>> chunks;
-  while (true) {
-    const auto steps = harness.begin(kBulk);
-    if (steps.empty()) break;
-    std::vector<int32_t>& rows = chunks.emplace_back();
-    for (const StepSequence& step : steps) rows.push_back(step.num_new);
-    EXPECT_EQ(harness.scheduler.shape(kBulk).num_rows, std::accumulate(rows.begin(), rows.end(), 0));
-    while (harness.advance(kBulk)) {
-    }
-    harness.commit(kBulk);
-  }
-  // 40 = 16 + 16 + 8: the last 8 are no longer bulk.
-  EXPECT_EQ(chunks, (std::vector<std::vector<int32_t>>{{16}, {16}, {16}}));
-  const auto steps = harness.begin(kInteractive);
-  ASSERT_EQ(steps.size(), 2U);
-  EXPECT_EQ(steps[0].num_new, 8);
-  EXPECT_EQ(steps[1].num_new, 4);
-}
-
-TEST(Scheduler, DecodeRowsRideInTheBulkPassWhenTheSweepIsDear) {
-  // A sweep that costs more than any number of rows: sharing costs nothing and saves a sweep.
-  for (const bool dear : {true, false}) {
-    Harness harness(small_config(), dear ? StepModel(1e6, 1.0, 0.0) : StepModel(1.0, 1e3, 0.0));
-    const RequestSpec chat = make_spec(1, make_prompt(4, 1), 10);
-    const RequestSpec longer = make_spec(2, make_prompt(40, 2), 2);
-    ASSERT_TRUE(harness.add(chat).ok());
-    ASSERT_TRUE(harness.run(kInteractive));
-    ASSERT_TRUE(harness.add(longer).ok());
-    EXPECT_EQ(harness.begin(kBulk).size(), dear ? 2U : 1U);
-    EXPECT_EQ(harness.begin(kInteractive).empty(), dear);
-    if (!dear) {
-      while (harness.advance(kInteractive)) {
-      }
-      harness.commit(kInteractive);
-    }
-    while (harness.advance(kBulk)) {
-    }
-    harness.commit(kBulk);
-    EXPECT_EQ(harness.of(1).tokens.size(), 2U);
-    harness.run_all();
-    expect_answer(harness, chat);
-    expect_answer(harness, longer);
-  }
-}
-
 TEST(Scheduler, ManyDecodersTakeTurns) {
   SchedulerConfig config = small_config();
   config.num_blocks = 256;
@@ -509,24 +482,6 @@ TEST(Scheduler, ManyDecodersTakeTurns) {
   }
   harness.run_all();
   for (const RequestSpec& spec : specs) expect_answer(harness, spec);
-}
-
-TEST(Scheduler, AStreamOfShortRequestsDoesNotStarveALongOne) {
-  SchedulerConfig config = small_config();
-  config.pass_rows_max = 16;
-  Harness harness(config);
-  const RequestSpec longer = make_spec(1, make_prompt(100, 1), 2);
-  ASSERT_TRUE(harness.add(longer).ok());
-  RequestId next = 2;
-  int32_t rounds = 0;
-  while (harness.of(1).finish == FinishReason::kNone) {
-    for (int i = 0; i < 2; ++i, ++next) ASSERT_TRUE(harness.add(make_spec(next, make_prompt(6, next), 2)).ok());
-    harness.run(kInteractive);
-    harness.run(kBulk);
-    ASSERT_LT(++rounds, 20);
-  }
-  harness.run_all();
-  expect_answer(harness, longer);
 }
 
 }  // namespace

@@ -2,8 +2,10 @@
 // phase, shortage of blocks and rows, interactive passes between the layers of bulk ones. After each step the
 // scheduler's invariants are checked; each token is compared with the one that its own tokens alone demand.
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -288,9 +290,48 @@ class Simulation {
   std::vector<RequestId> open_;
 };
 
+// A broken invariant ends the process before gtest can tell which world it was: the handler says so. All of it is safe
+// in a signal handler, and the process still dies of SIGABRT.
+volatile std::sig_atomic_t world_seed_length = 0;
+char world_seed[64];
+
+void tell_world(int signal) {
+  const ssize_t written = write(STDERR_FILENO, world_seed, static_cast<size_t>(world_seed_length));
+  static_cast<void>(written);
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
+}
+
+// While it lives, an abort prints the seed.
+class WorldUnderWay {
+ public:
+  explicit WorldUnderWay(uint64_t seed) {
+    world_seed_length =
+        std::snprintf(world_seed, sizeof world_seed, "repeat with MOED_SIM_SEED=%llu MOED_SIM_EVENTS=1\n",
+                      static_cast<unsigned long long>(seed));
+    before_ = std::signal(SIGABRT, tell_world);
+  }
+  ~WorldUnderWay() { std::signal(SIGABRT, before_); }
+  WorldUnderWay(const WorldUnderWay&) = delete;
+  WorldUnderWay& operator=(const WorldUnderWay&) = delete;
+
+ private:
+  void (*before_)(int) = SIG_DFL;
+};
+
 int64_t events_wanted() {
   const char* text = std::getenv("MOED_SIM_EVENTS");
   return text != nullptr ? std::atoll(text) : kEventsWanted;
+}
+
+TEST(SchedulerSimulationDeathTest, ABrokenInvariantTellsTheSeed) {
+  const auto broken = [] {
+    const WorldUnderWay world(4711);
+    Harness harness(SchedulerConfig{.block_tokens = 4, .num_blocks = 8});
+    harness.scheduler.commit(PassKind::kBulk, StepOutput(), 0);
+  };
+  EXPECT_EXIT(broken(), testing::KilledBySignal(SIGABRT),
+              "no pass of that kind is live(.|\n)*repeat with MOED_SIM_SEED=4711 MOED_SIM_EVENTS=1");
 }
 
 TEST(SchedulerSimulation, AMillionEvents) {
@@ -300,6 +341,7 @@ TEST(SchedulerSimulation, AMillionEvents) {
   int64_t worlds = 0;
   for (; tally.events < events_wanted(); ++seed, ++worlds) {
     SCOPED_TRACE("MOED_SIM_SEED=" + std::to_string(seed));
+    const WorldUnderWay world(seed);
     Simulation(seed, tally).run();
     ASSERT_FALSE(HasFailure()) << "repeat with MOED_SIM_SEED=" << seed << " MOED_SIM_EVENTS=1";
   }

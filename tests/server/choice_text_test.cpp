@@ -89,6 +89,11 @@ TEST_F(ChoiceTextTest, LogprobsTravelWithHeldText) {
   ChoiceText choice(*tokenizer_, 0, options, {});
   std::vector<Delta> deltas;
   ASSERT_TRUE(choice.push(event_of('x'), deltas).ok());
+  ASSERT_EQ(deltas.size(), 1U) << "the answer has begun: doors say the role";
+  EXPECT_EQ(deltas[0].text, "");
+  EXPECT_TRUE(deltas[0].tokens.empty());
+  EXPECT_EQ(deltas[0].num_tokens, 1);
+  deltas.clear();
   ASSERT_TRUE(choice.push(event_of('y'), deltas).ok());
   EXPECT_TRUE(deltas.empty());
   ASSERT_TRUE(choice.push(event_of('w'), deltas).ok());

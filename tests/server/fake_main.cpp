@@ -1,12 +1,15 @@
 // The daemon over FakeEngine: both doors, the scheduler and the text layer as they are, no weights. End-to-end tests of
 // the wire run against it.
 //   moed_fake serve --model DIR [flags as moed serve]
-// FAKE_KV_BLOCKS (default 4096) and FAKE_LAYER_US (default 0) shape the engine.
+// FAKE_KV_BLOCKS (default 4096) and FAKE_LAYER_US (default 0) shape the engine; loading stands at 400 of 1000 bytes for
+// FAKE_LOAD_MS (default 0).
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "server/serve.h"
@@ -35,7 +38,9 @@ class FakeBackend final : public moed::Backend {
 
 moed::StatusOr<std::unique_ptr<moed::Backend>> make_fake(const moed::Settings& settings, const moed::Model& model,
                                                          const moed::LoadProgress& progress) {
-  progress(1, 1);
+  progress(400, 1000);
+  std::this_thread::sleep_for(std::chrono::milliseconds(from_environment("FAKE_LOAD_MS", 0)));
+  progress(1000, 1000);
   moed::FakeEngineConfig config;
   config.rows_max = static_cast<int32_t>(settings.scheduler.pass_rows_max);
   config.num_blocks = from_environment("FAKE_KV_BLOCKS", 4096);

@@ -59,6 +59,12 @@ class Client {
     }
     return events_;
   }
+  // Those that have come in so far.
+  std::vector<TokenEvent> take_more() {
+    const std::lock_guard lock(mutex_);
+    for (TokenEvent& event : stream_->take().events) events_.push_back(std::move(event));
+    return events_;
+  }
   const Status& failure() const { return failure_; }
   RequestStream& stream() { return *stream_; }
 
@@ -80,26 +86,34 @@ class Client {
 
 class ServingLoopTest : public ::testing::Test {
  protected:
-  void begin(int64_t num_blocks, int64_t layer_us) {
+  void begin(int64_t num_blocks, int64_t layer_us, int64_t row_us = 0, StepModel prior = StepModel(100.0, 1.0, 0.0),
+             ServingConfig serving = {}) {
     FakeEngineConfig engine;
     engine.num_layers = 4;
     engine.num_blocks = num_blocks;
     engine.vocab_size = kVocab;
     engine.layer_us = layer_us;
+    engine.row_us = row_us;
     engine_ = std::make_unique<FakeEngine>(engine);
     SchedulerConfig config;
     config.num_blocks = num_blocks;
     scheduler_ = std::make_unique<Scheduler>(config);
     model_.num_layers = 4;
     model_.layers.assign(4, LayerKind::kDense);
-    loop_ = std::make_unique<ServingLoop>(*engine_, *scheduler_, model_, StepModel(100.0, 1.0, 0.0), metrics_,
-                                          ServingConfig());
+    loop_ = std::make_unique<ServingLoop>(*engine_, *scheduler_, model_, prior, metrics_, serving);
     loop_->start();
+    stopped_ = false;
   }
-  void TearDown() override {
-    if (loop_ != nullptr) loop_->stop(Status(StatusCode::kUnavailable, "the server is shutting down"));
-    if (scheduler_ != nullptr) scheduler_->check_invariants();
+  void stop() {
+    if (loop_ == nullptr || stopped_) return;
+    stopped_ = true;
+    loop_->stop(Status(StatusCode::kUnavailable, "the server is shutting down"));
+    EXPECT_EQ(loop_->num_open(), 0);
+    EXPECT_EQ(engine_->num_alive(), 0);
+    EXPECT_EQ(scheduler_->stats().blocks_used, 0);
+    scheduler_->check_invariants();
   }
+  void TearDown() override { stop(); }
   void wait_idle() {
     for (int i = 0; i < 1000 && loop_->num_open() > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     EXPECT_EQ(loop_->num_open(), 0);
@@ -121,6 +135,7 @@ class ServingLoopTest : public ::testing::Test {
   std::unique_ptr<FakeEngine> engine_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ServingLoop> loop_;
+  bool stopped_ = false;
 };
 
 TEST_F(ServingLoopTest, EachAnswerIsTheOneTheEngineGivesAlone) {
@@ -181,13 +196,90 @@ TEST_F(ServingLoopTest, StopFailsWhatStillRuns) {
   begin(1024, 5'000);
   Client client(*loop_, 1, prompt(10, 1), 4000);
   client.wait_for(1);
-  loop_->stop(Status(StatusCode::kUnavailable, "the server is shutting down"));
+  stop();
   client.wait_for(100'000);
   EXPECT_EQ(client.failure().code(), StatusCode::kUnavailable);
   Client late(*loop_, 2, prompt(10, 1), 10);
   EXPECT_EQ(late.failure().code(), StatusCode::kUnavailable);
-  loop_.reset();
-  scheduler_.reset();
+  EXPECT_NE(metrics_.text().find("finished_reason=\"abort\"} 1"), std::string::npos);
+}
+
+TEST_F(ServingLoopTest, StopWaitsForALayerNotForAPass) {
+  for (const int32_t length : {10, 400}) {  // an interactive and a bulk pass of 4 layers
+    begin(1024, 400'000);
+    Client client(*loop_, 1, prompt(length, 1), 10);
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    const int64_t before = now_us();
+    stop();
+    EXPECT_LT(now_us() - before, 1'200'000);
+  }
+}
+
+TEST_F(ServingLoopTest, NothingThatWasSubmittedIsLostToAStop) {
+  for (int round = 0; round < 30; ++round) {
+    begin(1024, 0);
+    std::vector<std::thread> doors;
+    std::atomic<int> num_ended{0};
+    for (int door = 0; door < 4; ++door) {
+      doors.emplace_back([&, door] {
+        for (RequestId i = 1;; ++i) {
+          Client client(*loop_, i * 4 + door, prompt(10, door), 1);
+          client.wait_for(1);
+          if (!client.failure().ok()) break;
+        }
+        ++num_ended;
+      });
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    loop_->stop(Status(StatusCode::kUnavailable, "the server is shutting down"));
+    for (std::thread& door : doors) door.join();
+    EXPECT_EQ(num_ended, 4);
+    EXPECT_EQ(loop_->num_open(), 0);
+    stopped_ = true;
+    loop_.reset();
+  }
+}
+
+// Without the rest between its layers the long prompt would hold the answer up for all of its 80 ms.
+TEST_F(ServingLoopTest, AnAnswerGoesOnBetweenTheLayersOfALongPrompt) {
+  // Rows cost, the sweep does not: no pass is shared.
+  begin(1024, 20'000, 0, StepModel(1.0, 200.0, 0.0));
+  Client answer(*loop_, 1, prompt(10, 1), 4000);
+  const size_t before = answer.wait_for(1).size();
+  Client long_prompt(*loop_, 2, prompt(400, 2), 1);
+  ASSERT_EQ(long_prompt.wait_for(1).size(), 1U);
+  EXPECT_GE(answer.take_more().size(), before + 3);
+}
+
+TEST_F(ServingLoopTest, PassesCutShortTeachNothing) {
+  // What the engine reports is what this model predicts, for passes that keep all of their rows.
+  const StepModel prior(0.0, 4 * 200.0, 0.0);
+  begin(1024, 0, 200, prior);
+  Client first(*loop_, 1, prompt(400, 1), 1);
+  Client stays(*loop_, 2, prompt(200, 2), 1);
+  Client leaves(*loop_, 3, prompt(200, 3), 1);
+  ASSERT_EQ(first.wait_for(1).size(), 1U);
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));  // of the 320 of the pass of the other two
+  leaves.stream().cancel();
+  ASSERT_EQ(stays.wait_for(1).size(), 1U);
+  stop();
+  EXPECT_NEAR(loop_->step_model().row_us(), prior.row_us(), 1e-6);
+}
+
+TEST_F(ServingLoopTest, ARequestPastItsTimeFails) {
+  ServingConfig serving;
+  serving.request_seconds = 0.3;
+  begin(1024, 2'000, 0, StepModel(100.0, 1.0, 0.0), serving);
+  Client brief(*loop_, 1, prompt(10, 1), 2);
+  Client client(*loop_, 2, prompt(10, 2), 4000);
+  EXPECT_EQ(brief.wait_for(2).size(), 2U);
+  EXPECT_TRUE(brief.failure().ok());
+  const int64_t before = now_us();
+  client.wait_for(4000);
+  EXPECT_EQ(client.failure().code(), StatusCode::kDeadlineExceeded);
+  EXPECT_NE(client.failure().message().find("0.3 s (limits.request_seconds)"), std::string::npos);
+  EXPECT_LT(now_us() - before, 3'000'000);
+  wait_idle();
 }
 
 }  // namespace

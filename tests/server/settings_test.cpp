@@ -194,6 +194,46 @@ TEST(SettingsTest, WhatIsNeededTogether) {
   EXPECT_TRUE(load({"--print-config"})->print_config);
 }
 
+TEST(SettingsTest, DeviceMemoryNeedsADeviceThatHasSome) {
+  expect_error(load({"--model", "m", "--device-memory-gib", "8"}), {"device.device_memory_gib", "cpu"});
+  expect_error(load({"--model", "m", "--device", "cpu"}, {"MOED_DEVICE_MEMORY_GIB=8"}), {"device.device_memory_gib"});
+  EXPECT_TRUE(load({"--model", "m", "--device-memory-gib", "0"}).ok());
+  EXPECT_EQ(load_ok({"--model", "m", "--device", "cuda:0", "--device-memory-gib", "8"}).device.device_memory_gib, 8.0);
+}
+
+StatusOr<HealthTarget> health_target(const Strings& args, const Strings& environment = {}) {
+  std::vector<const char*> pointers;
+  for (const std::string& entry : environment) pointers.push_back(entry.c_str());
+  pointers.push_back(nullptr);
+  return load_health_target(args, pointers.data());
+}
+
+std::string health_address(const Strings& args, const Strings& environment = {}) {
+  const auto target = health_target(args, environment);
+  return target.ok() ? target->host + " " + std::to_string(target->port) : target.status().message();
+}
+
+TEST_F(SettingsFileTest, HealthAsksWhereTheSettingsSay) {
+  EXPECT_EQ(health_address({}), "127.0.0.1 8000");
+  const std::string path = file("[server]\nhost = \"10.1.2.3\"\nhttp_port = 81\n[model]\npath = \"m\"\n");
+  EXPECT_EQ(health_address({"--config", path}), "10.1.2.3 81");
+  EXPECT_EQ(health_address({}, {"MOED_CONFIG=" + path, "MOED_HTTP_PORT=82"}), "10.1.2.3 82");
+  EXPECT_EQ(health_address({"--http-port", "83", "--host", "h"}, {"MOED_HTTP_PORT=82"}), "h 83");
+  EXPECT_EQ(health_address({"--port", "84"}), "127.0.0.1 84");
+  EXPECT_EQ(health_address({"--port=85"}), "127.0.0.1 85");
+  // Every address: reached on loopback, with no key asked for.
+  EXPECT_EQ(health_address({}, {"MOED_HOST=0.0.0.0"}), "127.0.0.1 8000");
+  EXPECT_EQ(health_address({"--host", "::"}), "::1 8000");
+  EXPECT_EQ(health_address({"--host", "[::1]"}), "::1 8000");
+}
+
+TEST(SettingsTest, HealthRefusesWhatItCannotUse) {
+  EXPECT_NE(health_address({"--http-port", "0"}).find("any free port"), std::string::npos);
+  EXPECT_NE(health_address({"--http-port", "x"}).find("65535"), std::string::npos);
+  EXPECT_NE(health_address({"--htp-port", "1"}).find("did you mean --http-port?"), std::string::npos);
+  EXPECT_NE(health_address({"--kv-gib", "1"}).find("--kv-gib is not a flag of moed health"), std::string::npos);
+}
+
 TEST_F(SettingsFileTest, PrintedConfigReadsBack) {
   const Settings settings =
       load_ok({"--model", "/a \"b\"\\c", "--served-model-name", "ü", "--served-model-name", "y\n", "--kv-gib", "0.1",

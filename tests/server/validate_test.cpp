@@ -163,8 +163,59 @@ TEST_F(ValidateTest, EchoMayAskForNothingNew) {
 TEST_F(ValidateTest, TruncationKeepsTheEnd) {
   GenerationParams params = completion("abcdef");
   params.truncate_prompt_tokens = 2;
-  const auto valid = validate(params, context_);
+  auto valid = validate(params, context_);
   EXPECT_EQ(*tokenizer_->decode(valid->requests[0].prompt, false), "ef");
+  // Text that is too long for the context is no reason to refuse what is cut anyway.
+  params = completion(std::string(1 << 20, 'x') + "yz");
+  params.truncate_prompt_tokens = 3;
+  params.echo = true;
+  valid = validate(params, context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  EXPECT_EQ(*tokenizer_->decode(valid->requests[0].prompt, false), "xyz");
+  EXPECT_EQ(valid->prompt_texts[0], "xyz") << "echo shows the prompt that was used";
+}
+
+// The template would run out of memory on some of these, and be switched off after a few.
+TEST_F(ValidateTest, LargeChatsAreRefusedUntemplated) {
+  const std::string small = R"([{"role":"user","content":"hi"}])";
+  std::string objects = R"({"x":[{})";
+  for (int i = 0; i < 1'000'000; ++i) objects += ",{}";
+  objects += "]}";
+  GenerationParams with_kwargs = chat(small);
+  with_kwargs.template_kwargs_json = objects;
+  const GenerationParams with_messages = chat("[" + objects + "]");
+  for (int i = 0; i < 6; ++i) {
+    EXPECT_EQ(check(with_kwargs).detail(), "context_length_exceeded");
+    EXPECT_EQ(check(with_messages).detail(), "context_length_exceeded");
+    TokenizeParams params;
+    params.chat = true;
+    params.messages_json = small;
+    params.template_kwargs_json = objects;
+    EXPECT_EQ(tokenize_text(params, context_).status().detail(), "context_length_exceeded");
+  }
+  // Truncation lifts this bound; the template's own holds.
+  with_kwargs.truncate_prompt_tokens = 10;
+  for (int i = 0; i < 6; ++i) expect_refused(with_kwargs, "", "too large for the chat template");
+  EXPECT_TRUE(check(chat(small)).ok());
+}
+
+TEST_F(ValidateTest, TokenizeIsBoundedByTheContext) {
+  TokenizeParams params;
+  params.text = "abc";
+  EXPECT_EQ(tokenize_text(params, context_)->tokens.size(), 3U);
+  params.text = std::string(1 << 20, 'x');
+  EXPECT_EQ(tokenize_text(params, context_).status().detail(), "context_length_exceeded");
+}
+
+TEST_F(ValidateTest, DefaultsOfTheModelAreClamped) {
+  GenerationDefaults defaults;
+  EXPECT_EQ(clamp_defaults(defaults), "");
+  defaults.temperature = 3.5;
+  context_.defaults = defaults;
+  EXPECT_FALSE(check(completion("a")).ok());
+  EXPECT_NE(clamp_defaults(defaults).find("temperature is 3.5"), std::string::npos);
+  context_.defaults = defaults;
+  EXPECT_TRUE(check(completion("a")).ok());
 }
 
 }  // namespace

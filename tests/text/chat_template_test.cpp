@@ -198,6 +198,32 @@ TEST(HostileTemplateTest, MemoryIsBounded) {
   EXPECT_EQ(render(*from_source("ok"), kUser), "ok");
 }
 
+// Renderings that are stopped are counted, and after a few none is run any more: no request may bring that about.
+TEST(HostileTemplateTest, LargeRequestsDoNotSpendTheTemplate) {
+  const auto chat = from_source(
+      "{% for m in messages %}{{ m.content }}{% for w in (m.content | string).split('\n') %}{% endfor %}{% endfor %}",
+      {.fuel = 100'000'000, .memory_bytes_max = 64 << 20});
+  ASSERT_NE(chat, nullptr);
+  std::string objects = R"({"x":[{})";
+  for (int i = 0; i < 2'000'000; ++i) objects += ",{}";
+  ChatTemplateOptions large;
+  large.kwargs_json = objects + "]}";
+  ordered_json lines;
+  lines.push_back({{"role", "user"}, {"content", std::string(4 << 20, '\n')}});
+  const std::string many = "[" + objects + "]}]";
+  const std::string long_text = lines.dump();
+  for (int i = 0; i < 6; ++i) {
+    expect_refused(chat->render(kUser, large), "messages and chat_template_kwargs are too large");
+    expect_refused(chat->render(many, {}), "messages and chat_template_kwargs are too large");
+    expect_refused(chat->render(long_text, {}), "messages and chat_template_kwargs are too large");
+  }
+  EXPECT_EQ(render(*chat, kUser), "hi");
+  // What is just let in does not run out of memory either.
+  lines[0]["content"] = std::string((16 << 20) / 24 - 200, '\n');
+  const auto text = chat->render(lines.dump(), {});
+  EXPECT_TRUE(text.ok()) << text.status().message();
+}
+
 TEST(HostileTemplateTest, CopiesAreBounded) {
   const auto chat = from_source(
       "{% set ns = namespace(s='x' * 10000000) %}{% for i in range(100000) %}"

@@ -16,6 +16,10 @@ use crate::python;
 const FILE_BYTES_MAX: u64 = 16 << 20;
 const TEMPLATE_BYTES_MAX: usize = 1 << 20;
 const MESSAGE_BYTES_MAX: usize = 512;
+/// What a template's view of a value costs, in bytes: a map or string with its bookkeeping, and a character of a string
+/// that `split` may turn into a value (in a list that doubles as it grows).
+const NODE_BYTES: u64 = 160;
+const TEXT_FACTOR: u64 = 24;
 /// What transformers appends to the last message to find where the rendering must end.
 const CONTINUE_TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
 const SPECIAL_TOKENS: [&str; 7] =
@@ -205,6 +209,17 @@ fn stopped_error(stopped: Stopped, limits: &Limits) -> Error {
     }
 }
 
+/// What the values of a request may cost a template, above. Not recursive past what the parser lets nest.
+fn cost(value: &Json) -> u64 {
+    let inside = match value {
+        Json::String(text) => TEXT_FACTOR * text.len() as u64,
+        Json::Array(items) => items.iter().map(cost).sum(),
+        Json::Object(items) => items.iter().map(|(key, item)| TEXT_FACTOR * key.len() as u64 + cost(item)).sum(),
+        _ => 0,
+    };
+    NODE_BYTES + inside
+}
+
 fn parse(text: &str, what: &str) -> Result<Json> {
     serde_json::from_str(text).map_err(|err| {
         let place = format!("line {}, column {}", err.line(), err.column());
@@ -347,6 +362,16 @@ impl ChatTemplate {
         };
         if let Some(name) = ["messages", "tools"].iter().find(|name| kwargs.contains_key(**name)) {
             return Err(invalid(format!("chat_template_kwargs may not hold \"{name}\"")));
+        }
+        // A rendering that is stopped for its memory takes its thread with it: what the request alone can make too much
+        // is refused before.
+        let total = messages.iter().chain(&tools).chain(kwargs.values()).map(cost).sum::<u64>();
+        if total > self.limits.memory_bytes / 4 {
+            return Err(invalid(format!(
+                "messages and chat_template_kwargs are too large for the chat template: {NODE_BYTES} bytes a value and \
+                 {TEXT_FACTOR} a byte of text make {total}, the limit is {}",
+                self.limits.memory_bytes / 4
+            )));
         }
         if request.continue_final_message {
             if request.add_generation_prompt {

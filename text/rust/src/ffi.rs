@@ -103,6 +103,12 @@ pub unsafe extern "C" fn moed_text_bytes_free(bytes: *mut Bytes) {
     }
 }
 
+/// For tests: a fault behind an export reaches the caller as a code.
+#[no_mangle]
+pub unsafe extern "C" fn moed_text_test_panic(message: *mut Bytes) -> i32 {
+    guard(message, || panic!("asked for by a test"))
+}
+
 #[no_mangle]
 pub unsafe extern "C" fn moed_tokenizer_load(
     path: *const u8,

@@ -1,0 +1,92 @@
+#include "server/metrics.h"
+
+#include <gtest/gtest.h>
+
+#include <sstream>
+
+namespace moed {
+namespace {
+
+// The value of the first line that begins with `series` and holds `label`; -1 when there is none.
+double value_of(const std::string& text, const std::string& series, const std::string& label = "") {
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with(series + "{") && line.find(label) != std::string::npos) {
+      return std::stod(line.substr(line.rfind(' ')));
+    }
+  }
+  return -1.0;
+}
+
+// vLLM's documented names; histograms by their sum and count.
+TEST(ServerMetricsTest, EverySeriesIsThereFromTheStart) {
+  ServerMetrics metrics("a-model");
+  const std::string text = metrics.text();
+  for (const char* name :
+       {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prompt_tokens_total",
+        "generation_tokens_total", "num_preemptions_total", "prefix_cache_queries_total", "prefix_cache_hits_total"}) {
+    EXPECT_EQ(value_of(text, std::string("vllm:") + name), 0.0) << name;
+  }
+  for (const char* name :
+       {"time_to_first_token_seconds", "inter_token_latency_seconds", "request_time_per_output_token_seconds",
+        "e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens",
+        "request_generation_tokens", "request_max_num_generation_tokens", "request_params_max_tokens",
+        "iteration_tokens_total"}) {
+    EXPECT_EQ(value_of(text, std::string("vllm:") + name + "_count"), 0.0) << name;
+    EXPECT_EQ(value_of(text, std::string("vllm:") + name + "_sum"), 0.0) << name;
+  }
+  for (const char* reason : {"stop", "length", "abort", "error"}) {
+    EXPECT_EQ(value_of(text, "vllm:request_success_total", std::string("finished_reason=\"") + reason + "\""), 0.0);
+  }
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.starts_with("#")) continue;
+    EXPECT_NE(line.find("model_name=\"a-model\""), std::string::npos) << line;
+    EXPECT_NE(line.find("engine=\"0\""), std::string::npos) << line;
+  }
+}
+
+TEST(ServerMetricsTest, TheCacheIsDescribedOnceItIsKnown) {
+  ServerMetrics metrics("m");
+  metrics.set_cache(16, 4096, true);
+  EXPECT_EQ(value_of(metrics.text(), "vllm:cache_config_info", "num_cpu_blocks=\"4096\""), 1.0);
+}
+
+TEST(ServerMetricsTest, ARequestsTimeIsSplitAtItsFirstPassAndItsFirstToken) {
+  ServerMetrics metrics("m");
+  // Two choices of 3 and 5 tokens: 2 + 4 intervals that took 12 s in all.
+  metrics.finish_request({.reason = FinishReason::kLength,
+                          .arrival_us = 1'000'000,
+                          .scheduled_us = 3'000'000,
+                          .first_token_us = 6'000'000,
+                          .end_us = 16'000'000,
+                          .prompt_tokens = 7,
+                          .generated_tokens = 8,
+                          .generated_tokens_max = 5,
+                          .max_tokens = 100,
+                          .later_tokens_us = 12'000'000,
+                          .later_tokens = 6});
+  const std::string text = metrics.text();
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_queue_time_seconds_sum"), 2.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_prefill_time_seconds_sum"), 3.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_decode_time_seconds_sum"), 10.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_inference_time_seconds_sum"), 13.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:e2e_request_latency_seconds_sum"), 15.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_time_per_output_token_seconds_sum"), 2.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_prompt_tokens_sum"), 7.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_generation_tokens_sum"), 8.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_max_num_generation_tokens_sum"), 5.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "vllm:request_params_max_tokens_sum"), 100.0);
+}
+
+TEST(ServerMetricsTest, RequestsThatWereGivenUpAreCountedButNotTimed) {
+  ServerMetrics metrics("m");
+  metrics.finish_request({.reason = FinishReason::kCancelled});
+  const std::string text = metrics.text();
+  EXPECT_EQ(value_of(text, "vllm:request_success_total", "finished_reason=\"abort\""), 1.0);
+  EXPECT_EQ(value_of(text, "vllm:e2e_request_latency_seconds_count"), 0.0);
+}
+
+}  // namespace
+}  // namespace moed
