@@ -48,9 +48,9 @@ const SettingRow kRows[] = {
      "trace|debug|info|warn|error"},
     {"server.log_json", at<&S::server, &S::Server::log_json>, "Write the log as JSON, one object a line"},
 
-    {"device.device", at<&S::device, &S::Device::device>, "Device that runs the model: cpu"},
+    {"device.device", at<&S::device, &S::Device::device>, "Device that runs the model: cpu or emulated"},
     {"device.device_memory_gib", at<&S::device, &S::Device::device_memory_gib>,
-     "Cap on the device's memory in GiB; 0: none, and so it must be on cpu", 0, kGibMax},
+     "Cap on the device's memory in GiB; 0: none (4 GiB on emulated), and so it must be on cpu", 0, kGibMax},
     {"device.threads", at<&S::device, &S::Device::threads>,
      "Compute threads, the serving thread counted; 0: the physical cores that affinity and cgroup allow", 0, 1024},
     {"device.deterministic", at<&S::device, &S::Device::deterministic>,

@@ -90,6 +90,7 @@ StatusOr<std::byte*> EmulatedMemory::allocate(int64_t bytes, Memory memory) {
     MOED_ASSIGN_OR_RETURN(data, take_device(bytes));
   } else {
     MOED_ASSIGN_OR_RETURN(piece.pages, HugePages::allocate(bytes));
+    piece.pages.touch();
     data = piece.pages.data();
   }
   ++num_pieces_;

@@ -34,12 +34,6 @@ constexpr TinyModel kTinyModels[] = {
       "max_position_embeddings": 256, "hidden_act": "silu"})"},
 };
 
-std::unique_ptr<Device> opened(const DeviceOptions& options) {
-  auto device = open_device("cpu", options);
-  MOED_CHECK(device.ok()) << device.status().message();
-  return std::move(device).value();
-}
-
 template <class T>
 T loaded(StatusOr<T> value) {
   MOED_CHECK(value.ok()) << value.status().message();
@@ -218,8 +212,14 @@ class Crowd {
 
 }  // namespace
 
+std::unique_ptr<Device> opened(std::string_view spec, const DeviceOptions& options) {
+  auto device = open_device(spec, options);
+  MOED_CHECK(device.ok()) << device.status().message();
+  return std::move(device).value();
+}
+
 EngineBox::EngineBox(Model model, const TensorSource& source, const DeviceOptions& options, const EngineConfig& config)
-    : EngineBox(std::move(model), source, opened(options), config) {}
+    : EngineBox(std::move(model), source, opened("cpu", options), config) {}
 
 EngineBox::EngineBox(Model model, const TensorSource& source, std::unique_ptr<Device> device,
                      const EngineConfig& config)

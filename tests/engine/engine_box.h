@@ -5,6 +5,7 @@
 #include <random>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "engine/hybrid_engine.h"
@@ -12,10 +13,13 @@
 
 namespace moed {
 
+// A device that must open.
+std::unique_ptr<Device> opened(std::string_view spec, const DeviceOptions& options);
+
 // A model with all that an engine needs around it.
 class EngineBox {
  public:
-  // Weights of the source; the model's config says how they are used.
+  // Weights of the source; the model's config says how they are used. On the host device.
   EngineBox(Model model, const TensorSource& source, const DeviceOptions& options, const EngineConfig& config);
   // On a device of the caller's.
   EngineBox(Model model, const TensorSource& source, std::unique_ptr<Device> device, const EngineConfig& config);

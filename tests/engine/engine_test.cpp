@@ -16,11 +16,12 @@ EngineConfig small_config() {
 }
 
 // A box of the first tiny model and two sequences that sample greedily.
-class EngineTest : public ::testing::Test {
+class EngineTest : public ::testing::TestWithParam<const char*> {
  protected:
   EngineTest()
       : model_(parse_tiny(tiny_models()[0])),
-        box_(model_, *dummy_weights(model_, 1), {.num_threads = 1, .deterministic = true}, small_config()) {
+        box_(model_, *dummy_weights(model_, 1), opened(GetParam(), {.num_threads = 1, .deterministic = true}),
+             small_config()) {
     for (int32_t i = 0; i < 20; ++i) tokens_.push_back(i * 7 % model_.config.vocab_size);
     sampling_.temperature = 0.0F;
     sampling_.num_logprobs = 2;
@@ -50,7 +51,7 @@ class EngineTest : public ::testing::Test {
   const std::vector<int32_t> blocks_ef_ = {4, 5};
 };
 
-TEST_F(EngineTest, OutputsStandInTheOrderOfBeginWithoutTheDropped) {
+TEST_P(EngineTest, OutputsStandInTheOrderOfBeginWithoutTheDropped) {
   const StepSequence sequences[] = {sequence(7, blocks_ab_), sequence(3, blocks_cd_)};
   Pass pass = box_.engine().begin(sequences, box_.plan(2));
   const StepOutput both = run(std::move(pass));
@@ -70,7 +71,7 @@ TEST_F(EngineTest, OutputsStandInTheOrderOfBeginWithoutTheDropped) {
   EXPECT_EQ(one.sequences[0].sampled->logprob, both.sequences[1].sampled->logprob);
 }
 
-TEST_F(EngineTest, APassWithoutSequencesHasNothingMoreToDo) {
+TEST_P(EngineTest, APassWithoutSequencesHasNothingMoreToDo) {
   const StepSequence one = sequence(7, blocks_ab_);
   Pass pass = box_.engine().begin({&one, 1}, box_.plan(1));
   EXPECT_TRUE(box_.engine().advance(pass));
@@ -79,7 +80,7 @@ TEST_F(EngineTest, APassWithoutSequencesHasNothingMoreToDo) {
   EXPECT_TRUE(box_.engine().finish(std::move(pass)).sequences.empty());
 }
 
-TEST_F(EngineTest, DroppingAfterTheLastLayerTakesTheAnswerAway) {
+TEST_P(EngineTest, DroppingAfterTheLastLayerTakesTheAnswerAway) {
   const StepSequence sequences[] = {sequence(7, blocks_ab_), sequence(3, blocks_cd_)};
   Pass pass = box_.engine().begin(sequences, box_.plan(1));
   while (box_.engine().advance(pass)) {
@@ -90,7 +91,7 @@ TEST_F(EngineTest, DroppingAfterTheLastLayerTakesTheAnswerAway) {
   EXPECT_EQ(output.sequences[0].id, 7);
 }
 
-TEST_F(EngineTest, TwoPassesLiveAndAnAbandonedOneGivesItsPlaceBack) {
+TEST_P(EngineTest, TwoPassesLiveAndAnAbandonedOneGivesItsPlaceBack) {
   const StepSequence a = sequence(1, blocks_ab_);
   const StepSequence b = sequence(2, blocks_cd_);
   const StepSequence c = sequence(3, blocks_ef_);
@@ -102,7 +103,7 @@ TEST_F(EngineTest, TwoPassesLiveAndAnAbandonedOneGivesItsPlaceBack) {
   EXPECT_EQ(run(std::move(first)).sequences[0].sampled->token, run(std::move(third)).sequences[0].sampled->token);
 }
 
-TEST_F(EngineTest, ACopiedBlockServesAsItsOriginal) {
+TEST_P(EngineTest, ACopiedBlockServesAsItsOriginal) {
   const StepSequence whole = sequence(1, blocks_ab_);
   const ScoredToken wanted = *run(box_.engine().begin({&whole, 1}, box_.plan(1))).sequences[0].sampled;
   box_.engine().copy_block(Pool::kHost, 0, 9);
@@ -117,7 +118,7 @@ TEST_F(EngineTest, ACopiedBlockServesAsItsOriginal) {
   EXPECT_DEATH(box_.engine().copy_block(Pool::kHost, 0, 16), "16");
 }
 
-TEST_F(EngineTest, PromptScoresStopBeforeGeneratedTokens) {
+TEST_P(EngineTest, PromptScoresStopBeforeGeneratedTokens) {
   StepSequence all = sequence(1, blocks_ab_);
   all.num_prompt = 12;
   all.prompt_logprobs = true;
@@ -131,7 +132,7 @@ TEST_F(EngineTest, PromptScoresStopBeforeGeneratedTokens) {
   }
 }
 
-TEST_F(EngineTest, TimesAddUp) {
+TEST_P(EngineTest, TimesAddUp) {
   const StepSequence one = sequence(1, blocks_ab_);
   const StepTimes times = run(box_.engine().begin({&one, 1}, box_.plan(1))).times;
   for (const double us : {times.attention_us, times.experts_us, times.dense_us, times.sample_us}) EXPECT_GT(us, 0.0);
@@ -139,7 +140,7 @@ TEST_F(EngineTest, TimesAddUp) {
               1e-6 * times.total_us);
 }
 
-TEST_F(EngineTest, BrokenSequencesEndTheProcess) {
+TEST_P(EngineTest, BrokenSequencesEndTheProcess) {
   const auto begin = [&](const StepSequence& broken) { box_.engine().begin({&broken, 1}, box_.plan(1)); };
   const std::vector<int32_t> outside = {0, 16};
   const std::vector<int32_t> few = {0};
@@ -153,6 +154,9 @@ TEST_F(EngineTest, BrokenSequencesEndTheProcess) {
   const StepSequence valid = sequence(1, blocks_ab_);
   EXPECT_DEATH(box_.engine().begin({&valid, 1}, box_.plan(7)), "split");
 }
+
+INSTANTIATE_TEST_SUITE_P(Devices, EngineTest, ::testing::Values("cpu", "emulated"),
+                         [](const auto& param) { return std::string(param.param); });
 
 // Counts what an engine takes.
 class CountingDevice : public Device {

@@ -186,12 +186,19 @@ TEST_P(Golden, LogitsAndExpertsEqualTransformers) {
     bool deterministic;
     int32_t chunk_max;
     uint64_t seed;
+    const char* device = "cpu";
   };
-  constexpr Way kWays[] = {{"", false, 128, 0}, {"", false, 30, 5},         {"", false, 1, 0},
-                           {"", true, 128, 0},  {"portable", false, 40, 6}, {"portable", true, 1, 0}};
+  constexpr Way kWays[] = {{"", false, 128, 0},
+                           {"", false, 30, 5},
+                           {"", false, 1, 0},
+                           {"", true, 128, 0},
+                           {"portable", false, 40, 6},
+                           {"portable", true, 1, 0},
+                           {"", false, 30, 7, "emulated"},
+                           {"", true, 128, 0, "emulated"}};
   for (const Way& way : kWays) {
     const DeviceOptions options{.num_threads = 2, .deterministic = way.deterministic, .isa = way.isa};
-    EngineBox box(model_, *source_, options, golden_config());
+    EngineBox box(model_, *source_, opened(way.device, options), golden_config());
     Difference all;
     for (const GoldenPrompt& prompt : prompts_) {
       const Difference one = compare(run_prompt(box, prompt.tokens, way.chunk_max, way.seed), prompt);
@@ -203,8 +210,8 @@ TEST_P(Golden, LogitsAndExpertsEqualTransformers) {
     }
     EXPECT_GT(all.num_compared, 60);
     EXPECT_LE(all.num_excluded, 0.02 * (all.num_compared + all.num_excluded));
-    printf("isa '%s', chunks of %d: %d rows compared, %d excluded, worst %.2f of the tolerance\n", way.isa,
-           way.chunk_max, all.num_compared, all.num_excluded, all.worst);
+    printf("%s, isa '%s', chunks of %d: %d rows compared, %d excluded, worst %.2f of the tolerance\n", way.device,
+           way.isa, way.chunk_max, all.num_compared, all.num_excluded, all.worst);
   }
 }
 

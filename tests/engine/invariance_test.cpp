@@ -97,6 +97,30 @@ TEST_P(Invariance, LatenessChangesNothing) {
   EXPECT_GT(counts.num_drops, 10);
 }
 
+// A device with memory of its own and a checker of races.
+TEST_P(Invariance, TheEmulatedDeviceChangesNothing) {
+  const Model model = parse_tiny(tiny_models()[GetParam()]);
+  const auto source = dummy_weights(model, 21);
+  const DeviceOptions options{.num_threads = 2, .deterministic = true};
+  EngineBox alone(model, *source, options, small_config());
+  CrowdCounts counts;
+  for (uint64_t seed = 1; seed <= 4; ++seed) {
+    DeviceOptions seeded = options;
+    seeded.seed = seed;
+    EngineBox emulated(model, *source, opened("emulated", seeded), small_config());
+    const std::vector<Job> jobs = random_jobs(model.config, 10, seed);
+    const std::vector<Answer> got = run_crowd(emulated, jobs, seed * 100, counts);
+    for (size_t i = 0; i < jobs.size(); ++i) {
+      const Answer wanted = run_alone(alone, jobs[i], 40);
+      EXPECT_TRUE(same_bits(got[i].generated, wanted.generated)) << "seed " << seed << ", job " << i;
+      EXPECT_TRUE(same_bits(got[i].prompt_scores, wanted.prompt_scores)) << "seed " << seed << ", job " << i;
+    }
+  }
+  EXPECT_GT(counts.num_drops, 10);
+  EXPECT_GT(counts.num_interrupts, 10);
+  EXPECT_GT(counts.num_splits, 10);
+}
+
 INSTANTIATE_TEST_SUITE_P(Tiny, Invariance, ::testing::Range(0, static_cast<int>(tiny_models().size())),
                          [](const auto& param) { return tiny_models()[param.param].name; });
 
