@@ -1,0 +1,50 @@
+"""The daemon on the emulated device: a device of its own memory behind the host, under a checker of races."""
+
+import concurrent.futures
+import subprocess
+
+import openai
+import pytest
+import requests
+from conftest import DEMO, MOED, Daemon
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    daemon = Daemon(MOED, DEMO, "--device", "emulated", "--device-memory-gib", "1", "--kv-gib", "0.25", "--max-model-len",
+                    "512", "--pass-rows-max", "128", ready_seconds=300)
+    yield daemon
+    assert daemon.stop() == 0, daemon.log
+
+
+def ask(daemon, question, **options):
+    with openai.OpenAI(base_url=daemon.url + "/v1", api_key="none", max_retries=0, timeout=300) as client:
+        return client.chat.completions.create(model="", messages=[{"role": "user", "content": question}], **options)
+
+
+def test_paris(emulated):
+    assert requests.get(emulated.url + "/info", timeout=30).json()["device"].startswith("emulated: 1.00 GiB, cpu: ")
+    answer = ask(emulated, QUESTION, temperature=0, max_tokens=32)
+    assert "Paris" in answer.choices[0].message.content and answer.choices[0].finish_reason == "stop"
+
+
+def test_together_and_cancelled(emulated):
+    """Batches, a client that leaves, and an answer after it."""
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda seed: ask(emulated, "Say hello.", max_tokens=8, seed=seed), range(3)))
+    assert all(answer.choices[0].message.content for answer in answers)
+    with ask(emulated, "Count to a hundred.", max_tokens=200, stream=True) as stream:
+        next(iter(stream))
+    assert "Paris" in ask(emulated, QUESTION, temperature=0, max_tokens=32).choices[0].message.content
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    (["--device", "emulated:machine.toml"], "machine files are not read yet"),
+    (["--device", "emulated", "--device-memory-gib", "0.001"], "of 0.001 GiB are taken"),
+])
+def test_refusals(flags, wanted):
+    done = subprocess.run([MOED, "serve", "--model", DEMO, "--load-format", "dummy", "--kv-gib", "0.25", "--http-port", "0",
+                           "--grpc-port", "0", *flags], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and wanted in done.stdout + done.stderr, done.stdout + done.stderr
