@@ -4,17 +4,19 @@
 
 namespace moed {
 
-StatusOr<std::unique_ptr<OpenedEngine>> OpenedEngine::open(const Model& model, const DenseWeights& weights,
-                                                           const ExpertStore& experts, const DeviceSpec& spec,
-                                                           const EngineConfig& config) {
+StatusOr<std::unique_ptr<OpenedEngine>> OpenedEngine::open(const DeviceSpec& spec) {
   DeviceOptions options;
   options.num_threads = spec.num_threads;
   options.deterministic = spec.deterministic;
   options.memory_gib = spec.memory_gib;
   MOED_ASSIGN_OR_RETURN(auto device, open_device(spec.device, options));
-  std::unique_ptr<OpenedEngine> opened(new OpenedEngine(std::move(device)));
-  MOED_ASSIGN_OR_RETURN(opened->engine_, make_engine(model, weights, experts, *opened->device_, config));
-  return opened;
+  return std::unique_ptr<OpenedEngine>(new OpenedEngine(std::move(device)));
+}
+
+Status OpenedEngine::start(const Model& model, const DenseWeights& weights, const ExpertStore& experts,
+                           const EngineConfig& config) {
+  MOED_ASSIGN_OR_RETURN(engine_, make_engine(model, weights, experts, *device_, config));
+  return Status();
 }
 
 OpenedEngine::OpenedEngine(std::unique_ptr<Device> device) : device_(std::move(device)) {}

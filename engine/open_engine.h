@@ -15,15 +15,15 @@ struct DeviceSpec {
 };
 
 // An engine together with the device that it runs on: what stands above engines knows no device. Serving thread, once
-// opened.
+// started.
 class OpenedEngine {
  public:
-  // Errors: kInvalidArgument for an unknown device, kResourceExhausted as make_engine. model, weights and experts
-  // outlive it.
-  static StatusOr<std::unique_ptr<OpenedEngine>> open(const Model& model, const DenseWeights& weights,
-                                                      const ExpertStore& experts, const DeviceSpec& spec,
-                                                      const EngineConfig& config);
+  // The device alone, before weights are loaded in vain. Errors: kInvalidArgument for an unknown device.
+  static StatusOr<std::unique_ptr<OpenedEngine>> open(const DeviceSpec& spec);
   ~OpenedEngine();
+  // Once. Errors: as make_engine. model, weights and experts outlive it.
+  Status start(const Model& model, const DenseWeights& weights, const ExpertStore& experts, const EngineConfig& config);
+  // REQUIRES: started.
   Engine& engine() { return *engine_; }
   // "cpu: AMD EPYC, avx512_bf16, 2 threads"
   std::string_view description() const;

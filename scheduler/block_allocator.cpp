@@ -44,6 +44,14 @@ void BlockAllocator::release(int32_t block, bool cached) {
   }
 }
 
+int32_t BlockAllocator::coming(int32_t ahead) const {
+  int32_t block = links_[head()].next;
+  for (; ahead > 0 && block != head(); --ahead) block = links_[block].next;
+  if (block == head()) return -1;
+  __builtin_prefetch(&links_[block]);
+  return block;
+}
+
 void BlockAllocator::unlink(int32_t block) {
   Link& link = links_[block];
   links_[link.previous].next = link.next;

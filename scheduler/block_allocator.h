@@ -20,6 +20,8 @@ class BlockAllocator {
 
   // A block with one reference; empty when none is free.
   std::optional<Taken> take();
+  // The cached free block that goes after so many others, or -1. For prefetching: asks for what the next call needs.
+  int32_t coming(int32_t ahead) const;
   // One more reference. REQUIRES: the block is referenced, or free and cached.
   void share(int32_t block);
   // One reference less. The last one frees the block; `cached` says whether it keeps its tokens for the prefix cache.

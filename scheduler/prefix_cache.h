@@ -29,6 +29,12 @@ class PrefixCache {
   // Forgets a block whose content is about to change. Entries behind it can no longer be found; they fade by age.
   void erase(int32_t block);
 
+  // Ask for what erase(block) touches ahead of its use: first the entry, then, when that is there, its bucket.
+  void prefetch_entry(int32_t block) const { __builtin_prefetch(&entries_[block], 1); }
+  void prefetch_bucket(int32_t block) const {
+    __builtin_prefetch(&buckets_[entries_[block].hash & (buckets_.size() - 1)], 1);
+  }
+
   bool contains(int32_t block) const { return entries_[block].id != kRoot; }
   // REQUIRES: contains(block)
   EntryId entry(int32_t block) const { return entries_[block].id; }

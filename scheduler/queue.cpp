@@ -6,6 +6,12 @@
 #include "scheduler/state.h"
 
 namespace moed {
+namespace {
+
+// Blocks whose prefix entries are asked for ahead of their reuse.
+constexpr int32_t kVictimsAhead = 4;
+
+}  // namespace
 
 Scheduler::State::State(const SchedulerConfig& config_in)
     : config(config_in), allocator(config_in.num_blocks), cache(config_in.num_blocks, config_in.block_tokens) {
@@ -187,7 +193,12 @@ const Sequence* Scheduler::State::prompt_holder(const Sequence& sequence) const 
 int32_t Scheduler::State::take_block() {
   const std::optional<BlockAllocator::Taken> taken = allocator.take();
   MOED_CHECK(taken.has_value()) << "no free block";
-  if (taken->was_cached) cache.erase(taken->block);
+  if (taken->was_cached) {
+    // The blocks that go next, in time: nearer ones have their entries by now.
+    if (const int32_t far = allocator.coming(2 * kVictimsAhead); far >= 0) cache.prefetch_entry(far);
+    if (const int32_t near = allocator.coming(kVictimsAhead); near >= 0) cache.prefetch_bucket(near);
+    cache.erase(taken->block);
+  }
   return taken->block;
 }
 

@@ -24,12 +24,16 @@ constexpr uint64_t kDummySeed = 1;
 
 class LoadedBackend final : public Backend {
  public:
-  LoadedBackend(DenseWeights weights, ExpertStore experts, MemoryBudget budget, StepModel prior)
-      : weights_(std::move(weights)), experts_(std::move(experts)), budget_(std::move(budget)), prior_(prior) {}
+  LoadedBackend(std::unique_ptr<OpenedEngine> opened, DenseWeights weights, ExpertStore experts, MemoryBudget budget,
+                StepModel prior)
+      : weights_(std::move(weights)),
+        experts_(std::move(experts)),
+        budget_(std::move(budget)),
+        prior_(prior),
+        opened_(std::move(opened)) {}
 
-  Status open(const Model& model, const DeviceSpec& device, const EngineConfig& config) {
-    MOED_ASSIGN_OR_RETURN(opened_, OpenedEngine::open(model, weights_, experts_, device, config));
-    return Status();
+  Status start(const Model& model, const EngineConfig& config) {
+    return opened_->start(model, weights_, experts_, config);
   }
   Engine& engine() override { return opened_->engine(); }
   const MemoryBudget& budget() const override { return budget_; }
@@ -87,6 +91,14 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   MOED_ASSIGN_OR_RETURN(MemoryBudget budget, memory_budget(model.config, limits, machine_memory()));
   spdlog::info("memory: {}", budget.describe());
 
+  DeviceSpec device;
+  device.device = settings.device.device;
+  device.num_threads = static_cast<int>(settings.device.threads);
+  device.deterministic = settings.device.deterministic;
+  device.memory_gib = settings.device.device_memory_gib;
+  MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(device));
+  spdlog::info("device: {}", opened->description());
+
   const int64_t total = budget.dense_weight_bytes + budget.expert_weight_bytes;
   int64_t loaded = 0;
   const auto advance = [&](int64_t bytes) {
@@ -102,16 +114,11 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   config.max_model_len = budget.max_model_len;
   config.kv_blocks = budget.kv_blocks;
   config.block_tokens = kKvBlockTokens;
-  DeviceSpec device;
-  device.device = settings.device.device;
-  device.num_threads = static_cast<int>(settings.device.threads);
-  device.deterministic = settings.device.deterministic;
-  device.memory_gib = settings.device.device_memory_gib;
   const int threads = device.num_threads > 0 ? device.num_threads : default_compute_threads();
   const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, kPriorFlopsPerUsPerThread * threads);
-  auto backend = std::make_unique<LoadedBackend>(std::move(weights), std::move(experts), std::move(budget), prior);
-  MOED_RETURN_IF_ERROR(backend->open(model, device, config));
-  spdlog::info("device: {}", backend->device_description());
+  auto backend = std::make_unique<LoadedBackend>(std::move(opened), std::move(weights), std::move(experts),
+                                                 std::move(budget), prior);
+  MOED_RETURN_IF_ERROR(backend->start(model, config));
   return std::unique_ptr<Backend>(std::move(backend));
 }
 

@@ -154,9 +154,12 @@ Status Daemon::load(const BackendFactory& factory) {
   context.max_model_len = budget.max_model_len;
   context.limits = settings_.limits;
 
-  loaded->scheduler = std::make_unique<Scheduler>(scheduler_config(budget));
+  const SchedulerConfig scheduling = scheduler_config(budget);
+  metrics_.set_cache(scheduling.block_tokens, scheduling.num_blocks, scheduling.prefix_cache);
+  loaded->scheduler = std::make_unique<Scheduler>(scheduling);
   ServingConfig serving;
   serving.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);
+  serving.request_seconds = settings_.limits.request_seconds;
   serving.yield_layers = static_cast<int32_t>(settings_.scheduler.yield_layers);
   loaded->loop = std::make_unique<ServingLoop>(loaded->backend->engine(), *loaded->scheduler, loaded->model.config,
                                                loaded->backend->prior(), metrics_, serving);
@@ -167,10 +170,12 @@ Status Daemon::load(const BackendFactory& factory) {
   return Status();
 }
 
-void Daemon::drain(double seconds, const std::function<bool()>& stop_now) {
+void Daemon::drain(double seconds) {
   state_ = ServerState::kDraining;
   const int64_t deadline = now_us() + static_cast<int64_t>(seconds * 1e6);
-  while (storage_ != nullptr && storage_->loop->num_open() > 0 && now_us() < deadline && !stop_now()) {
+  if (storage_ == nullptr) return;
+  // In this order: a call is known to the loop before it is no longer being prepared.
+  while ((num_preparing_ > 0 || storage_->loop->num_open() > 0) && now_us() < deadline) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
 }
@@ -189,6 +194,9 @@ Status Daemon::unavailable() const {
 
 std::shared_ptr<Generation> Daemon::start(GenerationParams params, std::function<void()> wake) {
   Loaded* loaded = loaded_.load(std::memory_order_acquire);
+  // Counted before the look at state_: drain() sets that first and counts then, so that one of the two sees the other.
+  ++num_preparing_;
+  std::shared_ptr<void> preparing(nullptr, [this](void*) { --num_preparing_; });
   const bool ready = loaded != nullptr && state_ == ServerState::kReady;
   auto generation =
       std::make_shared<GenerationImpl>(params.request_id, now_us(), ready ? loaded->tokenizer.get() : nullptr,
@@ -201,7 +209,7 @@ std::shared_ptr<Generation> Daemon::start(GenerationParams params, std::function
   // A weak pointer: a door that gave up before its turn came costs no work.
   const int64_t bytes = text_bytes(params);
   status = text_pool_->try_post(
-      [this, loaded, weak = std::weak_ptr(generation), params = std::move(params)] {
+      [this, loaded, preparing = std::move(preparing), weak = std::weak_ptr(generation), params = std::move(params)] {
         const auto alive = weak.lock();
         if (alive == nullptr || alive->cancelled()) return;
         auto valid = validate(params, loaded->context);

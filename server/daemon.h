@@ -25,8 +25,8 @@ class Daemon final : public Service {
 
   // Main thread, once. Errors are one line for the operator.
   Status load(const BackendFactory& factory);
-  // Refuses new requests; returns when all running ones have ended, `seconds` have passed or `stop_now()` says so.
-  void drain(double seconds, const std::function<bool()>& stop_now);
+  // Refuses new requests; returns when all that were let in have ended, or `seconds` have passed.
+  void drain(double seconds);
   // Fails what still runs and ends the serving thread. After it only the destructor may be called by main; doors may
   // still poll.
   void stop();
@@ -67,10 +67,11 @@ class Daemon final : public Service {
   std::atomic<int64_t> loaded_bytes_{0};
   std::atomic<int64_t> total_bytes_{0};
   std::atomic<RequestId> next_request_{1};
-  std::unique_ptr<Loaded> storage_;       // main thread
-  std::atomic<Loaded*> loaded_{nullptr};  // set once, when load() is done
-  bool stopped_ = false;                  // main thread
-  std::unique_ptr<TextPool> text_pool_;   // dies before what its tasks use
+  std::atomic<int64_t> num_preparing_{0};  // calls let in that the serving loop does not know yet
+  std::unique_ptr<Loaded> storage_;        // main thread
+  std::atomic<Loaded*> loaded_{nullptr};   // set once, when load() is done
+  bool stopped_ = false;                   // main thread
+  std::unique_ptr<TextPool> text_pool_;    // dies before what its tasks use
 };
 
 }  // namespace moed

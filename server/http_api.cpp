@@ -293,7 +293,8 @@ HttpReply HttpApi::get_health(const std::string& path) const {
     if (status == 503) reply.headers.emplace_back("Retry-After", "1");
     return reply;
   };
-  if (path == "/live") return health.alive ? answer(200, "alive") : answer(503, "stuck");
+  if (!health.alive) return answer(503, "stuck");
+  if (path == "/live") return answer(200, "alive");
   if (health.state == ServerState::kLoading) {
     return answer(503, "loading",
                   ",\"loaded_bytes\":" + std::to_string(health.loaded_bytes) +

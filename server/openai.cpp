@@ -339,8 +339,9 @@ int http_status_of(StatusCode code) {
       return 429;
     case StatusCode::kUnavailable:
     case StatusCode::kCancelled:
-    case StatusCode::kDeadlineExceeded:
       return 503;
+    case StatusCode::kDeadlineExceeded:
+      return 408;
     case StatusCode::kInternal:
       return 500;
   }

@@ -53,6 +53,30 @@ class Signals {
   int fd_ = -1;
 };
 
+// Ends the process at once, with one line, when a signal comes while it lives. Only it reads the signals then.
+class ExitOnSignal {
+ public:
+  ExitOnSignal(const Signals& signals, int exit_code, const char* line)
+      : thread_([this, &signals, exit_code, line] {
+          while (!done_) {
+            if (!signals.wait(kPollMs)) continue;
+            std::fprintf(stderr, "moed: %s\n", line);
+            std::_Exit(exit_code);
+          }
+        }) {}
+  ~ExitOnSignal() {
+    done_ = true;
+    thread_.join();
+  }
+  ExitOnSignal(const ExitOnSignal&) = delete;
+  ExitOnSignal& operator=(const ExitOnSignal&) = delete;
+
+ private:
+  static constexpr int kPollMs = 50;
+  std::atomic<bool> done_{false};
+  std::thread thread_;
+};
+
 int fail(const Status& status) {
   std::fprintf(stderr, "moed: %s\n", status.message().c_str());
   return 1;
@@ -98,21 +122,11 @@ int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
   spdlog::info("loading {}; http {}, grpc {}:{}", settings.model.path, (*http)->addresses().front(),
                settings.server.host, (*grpc)->port());
 
-  // Loading does not listen to signals; a supervisor's stop must not wait for it.
-  std::thread loading_watch;
-  std::atomic<bool> load_done{false};
-  loading_watch = std::thread([&] {
-    while (!load_done) {
-      if (signals.wait(100)) {
-        std::fprintf(stderr, "moed: stopped while loading\n");
-        std::_Exit(1);
-      }
-    }
-  });
-  const Status status = daemon.load(factory);
-  load_done = true;
-  loading_watch.join();
-  if (!status.ok()) return fail(status);
+  {
+    // Loading does not listen to signals; a supervisor's stop must not wait for it.
+    const ExitOnSignal watch(signals, 0, "stopped while loading");
+    if (const Status status = daemon.load(factory); !status.ok()) return fail(status);
+  }
 
   (*grpc)->set_serving(true);
   spdlog::info("ready: http {}, grpc {}:{}", (*http)->addresses().front(), settings.server.host, (*grpc)->port());
@@ -121,8 +135,9 @@ int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
   signals.wait(-1);
   spdlog::info("draining: up to {} s for {} running requests", settings.server.drain_seconds,
                daemon.loads().running + daemon.loads().waiting);
+  const ExitOnSignal watch(signals, 1, "a second signal: stopped at once, running requests were cut off");
   (*grpc)->set_serving(false);
-  daemon.drain(settings.server.drain_seconds, [&] { return signals.wait(0); });
+  daemon.drain(settings.server.drain_seconds);
   daemon.stop();
   (*http)->shutdown(kCloseSeconds);
   (*grpc)->shutdown(kCloseSeconds);

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Measures moed beside llama.cpp on the demo model, end to end over HTTP, in one run; prints the ratios.
+# Measures moed beside llama.cpp on the demo model, end to end over HTTP, in one run; prints the ratios, and
+# exits 1 when one of them (decode with 1 and 16 streams, prefill) is below --require. docs/PERFORMANCE.md has a result.
 #
 #   tools/bench_peers.sh [--rounds 5] [--threads N] [--require 0.5] [--json FILE]
 #

@@ -55,7 +55,11 @@ print("\n".join(value))' "$1"
 
 mkdir -p "$work"
 say "building the image"
-[ -d "$model" ] || .venv/bin/python tools/make_demo.py --out "$model"
+if [ ! -f "$model/config.json" ]; then
+  [ -z "${IMAGE_MODEL:-}" ] || fail "IMAGE_MODEL=$model holds no config.json"
+  tools/install_deps.sh serve
+  .venv/bin/python tools/make_demo.py --out "$model"
+fi
 make_base
 buildah bud --layers --format docker --build-arg "BASE=$base" -t "$image" . >"$work/build.log" 2>&1 ||
   { tail -n 30 "$work/build.log" >&2; fail "the image does not build, see $work/build.log"; }

@@ -18,7 +18,7 @@ apt_serve=("${apt_build[@]}" python3 python3-venv curl)
 apt_test=("${apt_serve[@]}" clang-16 clang-tidy-16 clang-format-16 libclang-rt-16-dev)
 apt_runtime=(ca-certificates libssl3 libgrpc++1.51 libprotobuf32 libdnnl2 libgomp1
   libprometheus-cpp-core1.0 libspdlog1.10 libtomlplusplus3)
-apt_docker=(buildah debootstrap curl ca-certificates)
+apt_docker=(buildah debootstrap curl ca-certificates python3 procps)
 
 group=${1:-serve}
 case $group in

@@ -33,4 +33,5 @@ MOED_BINARY=$PWD/$build/server/moed MOED_DEMO=$PWD/models/demo .venv/bin/python 
   -v --timeout=600 --durations=5 --junitxml="$reports/e2e.xml" tests/e2e
 e2e_code=$?
 step "result"
+echo "took $((SECONDS - began)) s"
 .venv/bin/python tools/count_results.py "$reports" "ctest=$ctest_code" "e2e=$e2e_code"

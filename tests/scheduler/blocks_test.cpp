@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "scheduler/block_allocator.h"
@@ -35,6 +36,9 @@ TEST(BlockAllocator, CachedBlocksGoLastAndOldestFirst) {
   allocator.share(2);  // in use again, then released: the youngest now
   allocator.release(2, true);
   EXPECT_EQ(allocator.num_free(), 4);
+  for (const auto& [ahead, block] : {std::pair{0, 0}, {1, 1}, {2, 2}, {3, -1}, {9, -1}}) {
+    EXPECT_EQ(allocator.coming(ahead), block) << ahead;  // 3 is blank
+  }
   std::vector<int32_t> order;
   while (const auto taken = allocator.take()) order.push_back(taken->block);
   EXPECT_EQ(order, (std::vector<int32_t>{3, 0, 1, 2}));

@@ -175,6 +175,9 @@ TEST_F(HttpApiTest, HealthFollowsTheState) {
   EXPECT_EQ(status_of(send("GET", "/ready")), 503);
   service_.health_value.alive = false;
   EXPECT_EQ(status_of(send("GET", "/live")), 503);
+  EXPECT_EQ(status_of(send("GET", "/health")), 503);
+  service_.health_value = {.state = ServerState::kReady, .alive = false};
+  for (const char* const path : {"/live", "/health", "/ready"}) EXPECT_EQ(status_of(send("GET", path)), 503) << path;
 }
 
 TEST_F(HttpApiTest, TokenizeAndBack) {

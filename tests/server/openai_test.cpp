@@ -240,7 +240,7 @@ TEST(OpenAiErrors, EnvelopeHasStringsAndTheRightStatus) {
   const std::vector<std::pair<StatusCode, int>> codes = {
       {StatusCode::kInvalidArgument, 400},   {StatusCode::kUnauthenticated, 401}, {StatusCode::kNotFound, 404},
       {StatusCode::kResourceExhausted, 429}, {StatusCode::kUnavailable, 503},     {StatusCode::kUnimplemented, 400},
-      {StatusCode::kInternal, 500}};
+      {StatusCode::kDeadlineExceeded, 408},  {StatusCode::kInternal, 500}};
   for (const auto& [code, http] : codes) {
     const HttpReply reply = error_reply(Status(code, "why \xff", "field", "detail"));
     EXPECT_EQ(reply.status, http);

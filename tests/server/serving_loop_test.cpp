@@ -30,7 +30,7 @@ class Client {
  public:
   Client(ServingLoop& loop, RequestId id, std::vector<int32_t> prompt, int32_t max_tokens, int32_t n = 1) {
     stream_ = std::make_shared<RequestStream>(
-        100000, [this] { notify(); }, [&loop] { loop.signal(); });
+        100000, [signal = signal_] { signal->notify(); }, [&loop] { loop.signal(); });
     RequestSpec spec;
     spec.id = id;
     spec.prompt = std::move(prompt);
@@ -47,21 +47,21 @@ class Client {
 
   // Events until `count` have come in all, the request failed, or ten seconds have passed.
   std::vector<TokenEvent> wait_for(size_t count) {
-    std::unique_lock lock(mutex_);
+    std::unique_lock lock(signal_->mutex);
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
     while (events_.size() < count && failure_.ok()) {
       RequestStream::News news = stream_->take();
       for (TokenEvent& event : news.events) events_.push_back(std::move(event));
       failure_ = news.failure;
       if (events_.size() >= count || !failure_.ok()) break;
-      if (!woken_ && wake_.wait_until(lock, deadline) == std::cv_status::timeout) break;
-      woken_ = false;
+      if (!signal_->woken && signal_->wake.wait_until(lock, deadline) == std::cv_status::timeout) break;
+      signal_->woken = false;
     }
     return events_;
   }
   // Those that have come in so far.
   std::vector<TokenEvent> take_more() {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(signal_->mutex);
     for (TokenEvent& event : stream_->take().events) events_.push_back(std::move(event));
     return events_;
   }
@@ -69,17 +69,21 @@ class Client {
   RequestStream& stream() { return *stream_; }
 
  private:
-  void notify() {
-    {
-      std::lock_guard lock(mutex_);
-      woken_ = true;
+  // Outlives the client: the serving thread may wake it once more.
+  struct Signal {
+    void notify() {
+      {
+        std::lock_guard lock(mutex);
+        woken = true;
+      }
+      wake.notify_all();
     }
-    wake_.notify_all();
-  }
+    std::mutex mutex;
+    std::condition_variable wake;
+    bool woken = false;
+  };
+  std::shared_ptr<Signal> signal_ = std::make_shared<Signal>();
   std::shared_ptr<RequestStream> stream_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  bool woken_ = false;
   std::vector<TokenEvent> events_;
   Status failure_;
 };

@@ -1,0 +1,94 @@
+"""What ends a request or the daemon early: signals, a drain, the time that a request may take."""
+
+import http.client
+import json
+import signal
+import threading
+import time
+
+import requests
+from conftest import LOADING
+
+# About a minute: four layers of 10 ms a token.
+LONG = {"prompt": "abc", "max_tokens": 900, "ignore_eos": True}
+
+
+def post(daemon, body, answers):
+    answers.append(requests.post(daemon.url + "/v1/completions", json=body, timeout=60))
+
+
+def running(daemon):
+    text = requests.get(daemon.url + "/metrics", timeout=10).text
+    return any(line.startswith("vllm:num_requests_running{") and float(line.split()[-1]) > 0 for line in text.splitlines())
+
+
+def says(daemon, text):
+    """Whether the log of a daemon that may be gone has it: its last lines are still being read."""
+    end = time.monotonic() + 5
+    while text not in daemon.log and time.monotonic() < end:
+        time.sleep(0.01)
+    return text in daemon.log
+
+
+def wait_running(daemon):
+    end = time.monotonic() + 10
+    while not running(daemon):
+        assert time.monotonic() < end, daemon.log
+        time.sleep(0.01)
+
+
+def test_a_signal_while_loading_is_obeyed(start_fake):
+    daemon = start_fake(said=LOADING, FAKE_LOAD_MS="20000")
+    begin = time.monotonic()
+    assert daemon.stop() == 0
+    assert time.monotonic() - begin < 5
+    assert says(daemon, "stopped while loading")
+
+
+def test_a_second_signal_does_not_wait(start_fake):
+    daemon = start_fake("--drain-seconds", "60", FAKE_LAYER_US="10000")
+    answer = requests.post(daemon.url + "/v1/completions", json=LONG | {"stream": True}, stream=True, timeout=60)
+    lines = answer.iter_lines()  # kept: the connection closes with it
+    next(lines)
+    daemon.process.terminate()
+    daemon.wait_log("draining")
+    time.sleep(0.3)
+    assert daemon.process.poll() is None
+    daemon.process.send_signal(signal.SIGINT)
+    assert daemon.process.wait(2) == 1
+    assert says(daemon, "second signal")
+
+
+def test_an_answer_past_the_drain_fails(start_fake):
+    daemon = start_fake("--drain-seconds", "0.3", FAKE_LAYER_US="10000")
+    answers = []
+    client = threading.Thread(target=post, args=(daemon, LONG, answers))
+    client.start()
+    wait_running(daemon)
+    assert daemon.stop() == 0
+    client.join()
+    assert answers[0].status_code == 503
+
+
+def test_a_drain_waits_for_what_is_still_tokenised(start_fake):
+    daemon = start_fake("--drain-seconds", "30")
+    connection = http.client.HTTPConnection("127.0.0.1", daemon.http_port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": ["hello" * 1000] * 1000, "max_tokens": 1}),
+                       {"Content-Type": "application/json"})
+    time.sleep(0.15)  # all is sent, and tokenising it takes longer
+    assert daemon.stop() == 0
+    answer = connection.getresponse()
+    assert answer.status == 200, answer.read()
+
+
+def test_a_request_may_take_only_so_long(start_fake):
+    daemon = start_fake("--request-seconds", "0.5", FAKE_LAYER_US="10000")
+    url = daemon.url + "/v1/completions"
+    plain = requests.post(url, json=LONG, timeout=20)
+    assert plain.status_code == 408, plain.text
+    assert "0.5 s (limits.request_seconds)" in plain.json()["error"]["message"]
+    lines = list(requests.post(url, json=LONG | {"stream": True}, stream=True, timeout=20).iter_lines())
+    data = [line for line in lines if line.startswith(b"data: ")]
+    assert len(data) > 2
+    assert "limits.request_seconds" in json.loads(data[-1][len(b"data: "):])["error"]["message"]
+    assert requests.post(url, json=LONG | {"max_tokens": 1}, timeout=20).status_code == 200
