@@ -19,7 +19,14 @@ constexpr int kPassesMax = 2;
 class HybridEngine : public Engine {
  public:
   HybridEngine(const ModelConfig& model, const EngineConfig& config, Device& device)
-      : model_(model), config_(config), stream_(device.make_stream()) {}
+      : model_(model), config_(config), device_(device), stream_(device.make_stream()) {}
+  ~HybridEngine() override {
+    // What is still enqueued (a copied block, say) may touch what dies here.
+    const std::unique_ptr<Event> last = device_.make_event();
+    stream_->record(*last);
+    const Status joined = last->join();
+    MOED_CHECK(joined.ok()) << joined.message();
+  }
 
   Status prepare(const DenseWeights& weights, const ExpertStore& experts, Device& device) {
     MOED_RETURN_IF_ERROR(device.ops().reserve(op_limits()));
@@ -108,6 +115,7 @@ class HybridEngine : public Engine {
 
   const ModelConfig& model_;
   const EngineConfig config_;
+  Device& device_;
   std::unique_ptr<Stream> stream_;
   std::vector<std::unique_ptr<PassSlot>> slots_;
   std::unique_ptr<KvPool> kv_;

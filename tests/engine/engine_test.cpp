@@ -118,6 +118,11 @@ TEST_P(EngineTest, ACopiedBlockServesAsItsOriginal) {
   EXPECT_DEATH(box_.engine().copy_block(Pool::kHost, 0, 16), "16");
 }
 
+TEST_P(EngineTest, EndsWithWorkStillEnqueued) {
+  EngineBox box(model_, *dummy_weights(model_, 1), opened(GetParam(), {.num_threads = 1}), small_config());
+  box.engine().copy_block(Pool::kHost, 0, 9);
+}
+
 TEST_P(EngineTest, PromptScoresStopBeforeGeneratedTokens) {
   StepSequence all = sequence(1, blocks_ab_);
   all.num_prompt = 12;
