@@ -57,7 +57,7 @@ void GenerationImpl::run(ValidGeneration valid, const RequestLimits& limits, Req
   wake_();
 }
 
-void GenerationImpl::attach(ValidGeneration valid, std::vector<std::shared_ptr<RequestStream>> streams) {
+void GenerationImpl::attach(ValidGeneration valid, const std::vector<std::shared_ptr<RequestStream>>& streams) {
   auto prepared = std::make_unique<Prepared>();
   prepared->valid = std::move(valid);
   prepared->streams = streams;

@@ -28,7 +28,7 @@ class GenerationImpl final : public Generation {
   void run(ValidGeneration valid, const RequestLimits& limits, RequestId first_id, size_t events_max)
       MOED_EXCLUDES(mutex_);
   // The part of run() that queues nothing: who calls it feeds the streams, one a prompt.
-  void attach(ValidGeneration valid, std::vector<std::shared_ptr<RequestStream>> streams) MOED_EXCLUDES(mutex_);
+  void attach(ValidGeneration valid, const std::vector<std::shared_ptr<RequestStream>>& streams) MOED_EXCLUDES(mutex_);
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
 
   Update poll() override;
