@@ -60,6 +60,11 @@ struct SchedulerStats {
   int64_t num_preemptions = 0;
   int64_t prefix_queries_tokens = 0;
   int64_t prefix_hits_tokens = 0;
+
+  // Share of the blocks that sequences hold, 0 to 1.
+  double kv_usage() const {
+    return blocks_total > 0 ? static_cast<double>(blocks_used) / static_cast<double>(blocks_total) : 0.0;
+  }
 };
 
 // Which tokens run next, in which KV blocks. Pure: no clock, no threads, no I/O; the same calls give the same answers.

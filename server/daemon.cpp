@@ -279,9 +279,7 @@ Loads Daemon::loads() const {
   const Loaded* loaded = loaded_.load(std::memory_order_acquire);
   if (loaded == nullptr) return {};
   const SchedulerStats stats = loaded->loop->stats();
-  return {
-      stats.num_running, stats.num_waiting,
-      stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total) : 0.0};
+  return {stats.num_running, stats.num_waiting, stats.kv_usage()};
 }
 
 Status Daemon::check_model(const std::string& name) const {

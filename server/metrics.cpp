@@ -141,8 +141,7 @@ void ServerMetrics::set_scheduler(const SchedulerStats& stats) {
   State& s = *state_;
   s.running->Set(stats.num_running);
   s.waiting->Set(stats.num_waiting);
-  s.kv_usage->Set(
-      stats.blocks_total > 0 ? static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total) : 0.0);
+  s.kv_usage->Set(stats.kv_usage());
   const auto raise = [](prometheus::Counter* counter, int64_t total) {
     const double growth = static_cast<double>(total) - counter->Value();
     if (growth > 0) counter->Increment(growth);
