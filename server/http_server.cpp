@@ -319,13 +319,16 @@ awaitable<bool> Connection::pump_stream(HttpTask& task, Waker& waker) {
   co_return co_await write("0\r\n\r\n");
 }
 
-// Ends when the client closed or reset. Bytes of a pipelined request are kept for it.
+// Ends when the client closed or reset, or the answer is out. Bytes of a pipelined request are kept for it.
 awaitable<void> Connection::client_gone() {
   co_await asio::this_coro::throw_if_cancelled(false);
   tcp::socket& socket = stream_.socket();
   while (buffer_.size() < kPipelineBytes) {
+    if (co_await is_cancelled()) co_return;
     const auto [error] = co_await socket.async_wait(tcp::socket::wait_read, kTuple);
     if (error) co_return;
+    // The answer's end cancels a wait, but not one that the next request has just ended.
+    if (co_await is_cancelled()) co_return;
     const auto space = buffer_.prepare(4096);
     const ssize_t count = ::recv(socket.native_handle(), space.data(), space.size(), MSG_DONTWAIT);
     if (count == 0) co_return;
@@ -335,6 +338,7 @@ awaitable<void> Connection::client_gone() {
       co_return;
     }
   }
+  if (co_await is_cancelled()) co_return;
   asio::steady_timer forever(co_await asio::this_coro::executor, Clock::time_point::max());
   co_await forever.async_wait(kTuple);
 }

@@ -149,6 +149,23 @@ TEST_F(HttpServerTest, AnswersPipelinedRequestsInOrder) {
     EXPECT_EQ(body_of(client.read_reply()), expected);
 }
 
+// A client that is quick to ask again meets the end of the answer before: neither may be lost.
+TEST_F(HttpServerTest, RequestsThatMeetTheEndOfTheAnswerBeforeAreServed) {
+  start();
+  std::vector<std::thread> clients;
+  for (int client = 0; client < 4; ++client) {
+    clients.emplace_back([this] {
+      HttpSocket socket(server_->port());
+      for (int i = 0; i < 5000; ++i) {
+        socket.send(get("/x"));
+        const std::string reply = socket.read_reply();
+        ASSERT_TRUE(reply.ends_with("/x")) << "request " << i << ": " << reply;
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
+}
+
 TEST_F(HttpServerTest, StreamsInChunksAndKeepsTheConnectionAfterwards) {
   start();
   HttpSocket client(server_->port());
