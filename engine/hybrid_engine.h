@@ -6,6 +6,7 @@
 #include "kernels/device.h"
 #include "model/weights.h"
 #include "offload/expert_store.h"
+#include "offload/ring.h"
 
 namespace moed {
 
@@ -15,6 +16,11 @@ struct EngineConfig {
   int32_t max_model_len = 0;    // tokens of one context: positions that the rope table covers
   int64_t kv_blocks = 0;        // of pool kHost
   int32_t block_tokens = 16;
+  // On a device with memory of its own:
+  int64_t device_kv_blocks = 0;  // of pool kDevice
+  int64_t staging_blocks = 0;    // of device memory for the KV of prompts whose pool is kHost; 0: their attention runs on
+                                 // the host
+  RingConfig ring;               // num_slots 0: no expert ever runs on the device
 };
 
 // The engine that runs the model. All memory is taken here: two passes' activations, the KV pool, tables. model,

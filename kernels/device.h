@@ -12,6 +12,7 @@
 namespace moed {
 
 class Device;
+class HostAttention;
 class Ops;
 
 // Where a buffer lies. kDevice: the device's own memory. kPinned: host memory that DMA reads and writes. kMapped: host
@@ -93,6 +94,23 @@ class Device {
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
   virtual Ops& ops() = 0;
+  // The host lane: ops on the compute threads of the host, over host and mapped memory. They have run when they return,
+  // and come after all that the host has joined; `stream` must be host_stream(), whose events are of the host lane. On
+  // the host device these are ops() and a stream like any other.
+  virtual Ops& host_ops() = 0;
+  virtual Stream& host_stream() = 0;
+  // Attention of the host lane in slices.
+  virtual std::unique_ptr<HostAttention> make_host_attention() = 0;
+  // What allocate(kDevice) may give out in all, the device's cap (DeviceOptions::memory_gib) considered; 0: the device
+  // has no memory of its own.
+  virtual int64_t memory_bytes() const { return 0; }
+  // Makes host memory fit for copies at full speed and for reads and writes by kernels, until unpin() of the same
+  // address. Costs about 0.1 s/GB. Errors: kResourceExhausted where the system refuses: copies of it go through pinned
+  // memory then (CopyQueue). Start-up; any thread.
+  virtual Status pin(std::byte* /*data*/, int64_t /*bytes*/) { return Status(); }
+  virtual void unpin(std::byte* /*data*/) {}
+  // Microseconds on the clock that the device's work is measured by: the steady clock, or a simulated one.
+  virtual double now_us() const;
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races
   // checks it, others do nothing.
   virtual void host_access(const void*, int64_t /*bytes*/, Access) {}
@@ -121,7 +139,9 @@ struct DeviceOptions {
   uint64_t seed = 0;           // of what an emulated device leaves to chance
 };
 
-// spec: "cpu" or "emulated". Errors: kInvalidArgument listing the devices of this build.
+// spec: "cpu", "emulated", "emulated:FILE", "simulated:FILE", "cuda" or "cuda:N", as far as this build has them; FILE
+// describes a machine (deploy/machines). Errors: kInvalidArgument listing the devices of this build, or naming file and
+// field.
 StatusOr<std::unique_ptr<Device>> open_device(std::string_view spec, const DeviceOptions& options);
 
 }  // namespace moed

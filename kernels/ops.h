@@ -110,27 +110,44 @@ struct Route {
   Matrix<float> weights;                   // [rows, top_k + shared]
 };
 
-// The rows that one FFN serves. pair = row * choices + choice; ascending.
-struct ExpertWork {
-  BlobView weights;
-  std::span<const int32_t> pairs;
+// Sorts (row, choice) pairs by expert, ascending within each. pair = row * choices + choice.
+struct Group {
+  Matrix<const int32_t> experts;  // [rows, top_k]
+  int32_t num_experts = 0;
+  int32_t choices = 1;         // >= top_k: with a shared expert, one more
+  int32_t* offsets = nullptr;  // [num_experts + 1]: where an expert's pairs begin
+  int32_t* pairs = nullptr;    // [rows * top_k]
+  // The same once more in mapped memory, for the host; null: not wanted.
+  int32_t* host_offsets = nullptr;
+  int32_t* host_pairs = nullptr;
 };
 
-// y[pair] = down(bf16(silu(gate x[pair / choices]) * up x[pair / choices])) for each pair of each work.
+// y[pair] = down(bf16(silu(gate x[pair / choices]) * up x[pair / choices])) for each pair of each expert that has a
+// blob. Dense FFNs and shared experts are one expert that every row chose. Writes no other row of y and no other row of
+// scratch, so that an expert's pairs may be split from others' over calls and lanes.
 struct ExpertFfn {
   Matrix<const Bf16> x;  // [rows, hidden]
-  std::span<const ExpertWork> works;
+  BlobShape shape;       // of every blob
+  // Table: [num_experts] addresses of blobs that this lane can read; null: this call leaves the expert out.
+  std::span<const std::byte* const> blobs;
+  const int32_t* offsets = nullptr;  // [num_experts + 1], as Group writes them
+  const int32_t* pairs = nullptr;    // [offsets[num_experts]]
+  int32_t pairs_max = 0;             // offsets[num_experts] is at most this
   int32_t choices = 1;
-  Matrix<Bf16> scratch;  // [>= pairs of all works, >= largest intermediate]
+  Matrix<Bf16> scratch;  // [>= pairs_max, >= intermediate]; row i belongs to pairs[i]
   Matrix<float> y;       // [rows * choices, hidden]
 };
 
-// residual[row] += sum over choices, in order, of weights[row][choice] * y[row * choices + choice].
+// residual[row] += sum over choices, in order, of weights[row][choice] * y[row * choices + choice]. A choice whose
+// expert has a blob in `host_blobs` was computed on the host: its row of host_y is taken instead.
 struct Combine {
   Matrix<const float> y;        // [rows * choices, hidden]
   Matrix<const float> weights;  // [rows, choices]; data null: all ones
   int32_t choices = 1;
-  Matrix<float> residual;  // [rows, hidden]
+  Matrix<float> residual;                       // [rows, hidden]
+  Matrix<const float> host_y;                   // [rows * choices, hidden], mapped; data null: none
+  Matrix<const int32_t> experts;                // [rows, top_k]; with host_y
+  std::span<const std::byte* const> host_blobs;  // table: [num_experts]; with host_y
 };
 
 // The largest shapes any call will have: ops take their workspaces once, at start.
@@ -146,7 +163,7 @@ struct OpLimits {
 };
 
 // The kernels of a device. Each call enqueues on `stream`; on the host device it has run when it returns. Pointers are
-// what the device can read; row tables (positions, slots, spans, pairs) lie in kMapped memory. Nothing allocates after
+// what the device can read; tables (tokens, positions, slots, spans, blobs) are written by the host in kMapped memory. Nothing allocates after
 // reserve(), but for what a library keeps of a weight shape when it first meets it with many rows. Sums in fp32, inputs
 // of products in bf16. Serving thread only.
 class Ops {
@@ -165,8 +182,24 @@ class Ops {
   virtual void rope_append(const RopeAppend& args, Stream& stream) = 0;
   virtual void attention(const Attention& args, Stream& stream) = 0;
   virtual void route(const Route& args, Stream& stream) = 0;
+  virtual void group(const Group& args, Stream& stream) = 0;
   virtual void expert_ffn(const ExpertFfn& args, Stream& stream) = 0;
   virtual void combine(const Combine& args, Stream& stream) = 0;
+  // to = from, by a kernel: activations that cross between device and mapped memory, which must not queue behind the
+  // packets of a copy engine.
+  virtual void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) = 0;
+};
+
+// Attention of the host lane, cut into tasks so that other work of the host goes in between. Its results have the bits
+// of Ops::attention. Belongs to one half of one pass; serving thread only.
+class HostAttention {
+ public:
+  virtual ~HostAttention() = default;
+  // args, its spans and their blocks stay until done(). REQUIRES: done(). Does not allocate once OpLimits are reserved.
+  virtual void begin(const Attention& args) = 0;
+  // Runs tasks for about slice_us, at least one. REQUIRES: !done().
+  virtual void run(double slice_us) = 0;
+  virtual bool done() const = 0;
 };
 
 }  // namespace moed

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "base/status.h"
@@ -54,6 +55,18 @@ struct StepPlan {
 
 // The plan of a box without a device: one half, every expert where its weights are.
 StepPlan host_plan(const StepShape& shape, const ModelConfig& config);
+
+// Gives each expert of a layer that rows want a place, so that the makespan over {copies, host, device} is small: experts
+// sorted by rows, the cut between host and device swept, then one swap. rows: [num_experts] that want it; places:
+// [num_experts], kResident where it stands in device memory (kept), anything elsewhere. Ties go to the lower expert.
+// Source: performance-model notes, "three places for an expert". Does not allocate beyond the first call's sizes.
+class ExpertPlacer {
+ public:
+  void place(const ExpertCosts& costs, std::span<const int32_t> rows, std::span<Place> places);
+
+ private:
+  std::vector<int32_t> order_;
+};
 
 // Errors name the field, and layer and expert where there is one.
 Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig& config);
