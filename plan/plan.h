@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <span>
@@ -24,6 +25,10 @@ struct ExpertCosts {
   double device_row_us = std::numeric_limits<double>::infinity();
   double host_base_us = 0.0;
   double host_row_us = 1.0;
+
+  // Whether an absent expert may be copied and run on the device; whether it may run on the host.
+  bool device_allowed() const { return std::isfinite(copy_us) && std::isfinite(device_row_us); }
+  bool host_allowed() const { return std::isfinite(host_base_us) && std::isfinite(host_row_us); }
 };
 
 // What a pass looks like to the planner: numbers only.
@@ -56,16 +61,33 @@ struct StepPlan {
 // The plan of a box without a device: one half, every expert where its weights are.
 StepPlan host_plan(const StepShape& shape, const ModelConfig& config);
 
-// Gives each expert of a layer that rows want a place, so that the makespan over {copies, host, device} is small: experts
-// sorted by rows, the cut between host and device swept, then one swap. rows: [num_experts] that want it; places:
-// [num_experts], kResident where it stands in device memory (kept), anything elsewhere. Ties go to the lower expert.
-// Source: performance-model notes, "three places for an expert". Does not allocate beyond the first call's sizes.
+// Gives each expert of a layer that rows want a place, so that the layer's makespan is small: the host runs its experts
+// one after another, each host_base_us and host_row_us a row; copies follow each other, copy_us each, the experts with
+// most rows first; the device runs the resident experts, then each streamed one when it is there, device_row_us a row.
+// Experts are sorted by rows and a cut between the streamed and the host's is swept, with the streamed ones at either
+// end of the order; then, at the best cut and the two beside it, the pair that should change places is looked for.
+// Source: performance-model notes, "three places for an expert". Serving thread only.
 class ExpertPlacer {
  public:
+  // rows: [num_experts] that want each. places: [num_experts]; kResident where the expert stands in device memory, and
+  // so it stays; the others become kStreamed or kHost, those that no row wants kHost. Costs that forbid the device
+  // leave all to the host, whatever they say of the host. Among equal rows the lower expert comes first. Allocates only
+  // when num_experts grows.
   void place(const ExpertCosts& costs, std::span<const int32_t> rows, std::span<Place> places);
 
  private:
-  std::vector<int32_t> order_;
+  struct Cut;
+  struct Ends {
+    double host_us = 0.0;
+    double device_us = 0.0;
+    double makespan_us() const { return host_us > device_us ? host_us : device_us; }
+  };
+  Ends ends(const ExpertCosts& costs, const Cut& cut) const;
+  Cut best_cut(const ExpertCosts& costs) const;
+  void swap_one(const ExpertCosts& costs, Cut& cut) const;
+
+  std::vector<uint64_t> order_;  // absent experts that rows want: most rows first, then the lower expert
+  double resident_us_ = 0.0;
 };
 
 // Errors name the field, and layer and expert where there is one.
