@@ -5,7 +5,7 @@
 namespace moed {
 
 BlockAllocator::BlockAllocator(int64_t num_blocks) : references_(num_blocks, 0), links_(num_blocks + 1) {
-  MOED_CHECK(num_blocks > 0) << "a pool without blocks";
+  MOED_CHECK(num_blocks >= 0) << "a pool of " << num_blocks << " blocks";
   blank_.reserve(num_blocks);
   // Low numbers on top of the stack.
   for (int64_t block = num_blocks - 1; block >= 0; --block) blank_.push_back(static_cast<int32_t>(block));

@@ -7,7 +7,7 @@
 namespace moed {
 
 void Scheduler::State::check_invariants() const {
-  allocator.check_invariants();
+  for (const BlockPool& pool : pools) pool.allocator.check_invariants();
   check_requests();
   check_running();
   check_pass(PassKind::kInteractive);
@@ -16,7 +16,8 @@ void Scheduler::State::check_invariants() const {
 
 // Counters against what they count; each block's references against who refers to it.
 void Scheduler::State::check_requests() const {
-  std::vector<int32_t> references(config.num_blocks, 0);
+  std::array<std::vector<int32_t>, 2> references;
+  for (size_t pool = 0; pool < pools.size(); ++pool) references[pool].resize(pools[pool].allocator.num_blocks());
   int32_t num_waiting = 0, num_with_queued = 0, num_new = 0;
   size_t num_sequences_leaving = 0;
   int64_t num_new_tokens = 0;
@@ -32,7 +33,7 @@ void Scheduler::State::check_requests() const {
       num_waiting += sequence->phase == Phase::kWaiting ? 1 : 0;
       num_open += sequence->phase != Phase::kEnded ? 1 : 0;
       num_leaving += sequence->phase == Phase::kEnded && sequence->pass ? 1 : 0;
-      for (const int32_t block : sequence->blocks) ++references[block];
+      for (const int32_t block : sequence->blocks) ++references[static_cast<size_t>(sequence->pool)].at(block);
       MOED_CHECK(sequence->phase != Phase::kFollowing || request->leader->phase == Phase::kWaiting ||
                  request->leader->phase == Phase::kRunning)
           << "request " << id << ": a choice follows nobody";
@@ -50,9 +51,13 @@ void Scheduler::State::check_requests() const {
   MOED_CHECK(num_with_queued == num_waiting_requests) << num_with_queued << " " << num_waiting_requests;
   MOED_CHECK(num_new == num_unstarted && num_new_tokens == num_unstarted_tokens) << num_new << " " << num_unstarted;
   MOED_CHECK(num_sequences_leaving == leaving.size()) << num_sequences_leaving << " sequences leave";
-  for (int32_t block = 0; block < config.num_blocks; ++block) {
-    MOED_CHECK(references[block] == allocator.references(block))
-        << "block " << block << ": " << references[block] << " users, " << allocator.references(block) << " references";
+  for (size_t pool = 0; pool < pools.size(); ++pool) {
+    for (size_t block = 0; block < references[pool].size(); ++block) {
+      const int32_t counted = pools[pool].allocator.references(static_cast<int32_t>(block));
+      MOED_CHECK(references[pool][block] == counted)
+          << "block " << block << " of pool " << pool << ": " << references[pool][block] << " users, " << counted
+          << " references";
+    }
   }
 }
 
@@ -67,6 +72,8 @@ void Scheduler::State::check_running() const {
     MOED_CHECK(static_cast<int64_t>(sequence.blocks.size()) >= blocks_for(sequence.num_cached)) << sequence.id;
     MOED_CHECK((sequence.num_missing() > 1) == prefilling.contains(running[i])) << "sequence " << sequence.id;
     num_prefilling += sequence.num_missing() > 1 ? 1 : 0;
+    const BlockPool& pool = blocks_of(sequence);
+    MOED_CHECK(can_hold(sequence, sequence.pool)) << "sequence " << sequence.id << " will outgrow its pool";
     std::vector<int32_t> blocks = sequence.blocks;
     std::ranges::sort(blocks);
     MOED_CHECK(std::ranges::adjacent_find(blocks) == blocks.end())
@@ -74,7 +81,7 @@ void Scheduler::State::check_running() const {
     // What will be written next must be nobody else's, and unknown to the prefix cache.
     for (size_t b = sequence.num_cached / config.block_tokens; b < sequence.blocks.size(); ++b) {
       const int32_t block = sequence.blocks[b];
-      MOED_CHECK(allocator.references(block) == 1 && !cache.contains(block))
+      MOED_CHECK(pool.allocator.references(block) == 1 && !pool.cache.contains(block))
           << "sequence " << sequence.id << " would write shared block " << block;
     }
   }
@@ -92,6 +99,7 @@ void Scheduler::State::check_pass(PassKind kind) const {
     MOED_CHECK(sequence->pass == kind && sequence->pass_index == static_cast<int32_t>(i))
         << "sequence " << sequence->id;
     MOED_CHECK(sequence->phase == Phase::kRunning || sequence->phase == Phase::kEnded) << "sequence " << sequence->id;
+    MOED_CHECK(live.steps[i].pool == sequence->pool) << "sequence " << sequence->id << " changed its pool";
     MOED_CHECK(live.steps[i].tokens.data() == sequence->tokens.data() &&
                live.steps[i].blocks.data() == sequence->blocks.data())
         << "sequence " << sequence->id << " moved under a live pass";

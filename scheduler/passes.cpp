@@ -121,10 +121,13 @@ void Scheduler::State::collect_decodes(int32_t rows_max) {
 // Gives each of `decodes` the slot of its next token, first come first served; who gets none stays out of the pass.
 void Scheduler::State::grow_decodes() {
   needy.clear();
+  std::array<int64_t, 2> left = num_free();
   for (Sequence* sequence : decodes) {
-    if (is_full(*sequence)) needy.push_back(sequence);
+    if (!is_full(*sequence)) continue;
+    needy.push_back(sequence);
+    --left[static_cast<size_t>(sequence->pool)];
   }
-  const bool enough = static_cast<int64_t>(needy.size()) <= allocator.num_free();
+  const bool enough = left[0] >= 0 && left[1] >= 0;
   if (!enough) std::ranges::sort(needy, GoesBefore());
   for (Sequence* sequence : needy) {
     if (sequence->phase == Phase::kRunning) grow(*sequence);
@@ -150,7 +153,7 @@ void Scheduler::State::pick(PassKind kind, Sequence& sequence, int32_t num_new) 
                         .num_new = num_new,
                         .prompt_logprobs = scores,
                         .num_prompt_top = scores ? std::max(sequence.sampling.num_logprobs, 0) : 0,
-                        .pool = Pool::kHost,
+                        .pool = sequence.pool,
                         .blocks = std::span<const int32_t>(sequence.blocks).first(blocks_for(end)),
                         .sampling = samples ? &sequence.sampling : nullptr,
                         .allowed = {}});
@@ -230,6 +233,7 @@ void Scheduler::State::keep_scores(const StepSequence& step, Sequence& sequence,
 // Tells the prefix cache of the blocks that have become full.
 void Scheduler::State::register_blocks(Sequence& sequence) {
   if (!config.prefix_cache) return;
+  PrefixCache& cache = blocks_of(sequence).cache;
   const std::span<const int32_t> tokens(sequence.tokens);
   while ((sequence.num_hashed_blocks + 1) * config.block_tokens <= sequence.num_cached) {
     const int32_t index = sequence.num_hashed_blocks++;

@@ -8,30 +8,72 @@
 namespace moed {
 namespace {
 
-// Blocks whose prefix entries are asked for ahead of their reuse.
-constexpr int32_t kVictimsAhead = 4;
+// Does `kv` let sequences live there?
+bool uses(KvPlacement kv, Pool pool) {
+  return kv == KvPlacement::kSplit || (kv == KvPlacement::kDevice) == (pool == Pool::kDevice);
+}
+
+int64_t num_blocks(const SchedulerConfig& config, Pool pool) {
+  if (!uses(config.kv, pool)) return 0;
+  return pool == Pool::kHost ? config.num_blocks : config.device_blocks;
+}
+
+const SchedulerConfig& checked(const SchedulerConfig& config) {
+  const Status status = validate(config);
+  MOED_CHECK(status.ok()) << status.message();
+  return config;
+}
+
+Status check_min(int64_t value, int64_t min, const char* name) {
+  if (value >= min) return Status();
+  return invalid_argument(
+      std::string(name) + " must be at least " + std::to_string(min) + ", not " + std::to_string(value), name);
+}
 
 }  // namespace
 
-Scheduler::State::State(const SchedulerConfig& config_in)
-    : config(config_in), allocator(config_in.num_blocks), cache(config_in.num_blocks, config_in.block_tokens) {
-  MOED_CHECK(config.block_tokens > 0) << "block_tokens " << config.block_tokens;
+Status validate(const SchedulerConfig& config) {
+  MOED_RETURN_IF_ERROR(check_min(config.block_tokens, 1, "block_tokens"));
   // One row for decoding and one for prefills, so that neither can starve the other.
-  MOED_CHECK(config.pass_rows_max >= 2) << "pass_rows_max " << config.pass_rows_max;
-  MOED_CHECK(config.sequences_max > 0 && config.queue_max > 0) << "nothing may run or wait";
-  MOED_CHECK(config.bulk_rows_min > 0 && config.reserve_blocks >= 0) << "negative limits";
+  MOED_RETURN_IF_ERROR(check_min(config.pass_rows_max, 2, "pass_rows_max"));
+  MOED_RETURN_IF_ERROR(check_min(config.sequences_max, 1, "sequences_max"));
+  MOED_RETURN_IF_ERROR(check_min(config.queue_max, 1, "queue_max"));
+  MOED_RETURN_IF_ERROR(check_min(config.bulk_rows_min, 1, "bulk_rows_min"));
+  MOED_RETURN_IF_ERROR(check_min(config.reserve_blocks, 0, "reserve_blocks"));
+  int64_t largest = 0;
+  for (const Pool pool : {Pool::kHost, Pool::kDevice}) {
+    const char* where = pool == Pool::kHost ? "host" : "device";
+    if (uses(config.kv, pool) && num_blocks(config, pool) <= 0) {
+      return invalid_argument(std::string("kv wants a pool on the ") + where + ", which has " +
+                                  std::to_string(num_blocks(config, pool)) + " KV blocks",
+                              "kv");
+    }
+    largest = std::max(largest, num_blocks(config, pool));
+  }
+  // The last token's KV is never needed.
+  if (config.max_model_len - 1 > largest * config.block_tokens) {
+    return invalid_argument("a sequence of max_model_len " + std::to_string(config.max_model_len) +
+                                " tokens fits no pool that kv allows: the largest has " + std::to_string(largest) +
+                                " KV blocks of " + std::to_string(config.block_tokens) + " tokens",
+                            "max_model_len");
+  }
+  return Status();
 }
+
+Scheduler::State::State(const SchedulerConfig& config_in)
+    : config(checked(config_in)),
+      pools{BlockPool(num_blocks(config, Pool::kHost), config.block_tokens),
+            BlockPool(num_blocks(config, Pool::kDevice), config.block_tokens)} {}
 
 Status Scheduler::State::check_fits(const RequestSpec& spec) const {
   const auto num_prompt = static_cast<int64_t>(spec.prompt.size());
-  // The last token's KV is never needed.
-  const int64_t needed = blocks_for(num_prompt + std::max(spec.max_tokens, 1) - 1);
-  if (needed > config.num_blocks) {
+  const int64_t needed = final_blocks(num_prompt, spec.max_tokens);
+  const int64_t largest = std::max(pools[0].allocator.num_blocks(), pools[1].allocator.num_blocks());
+  if (needed > largest) {
     return Status(StatusCode::kInvalidArgument,
                   "prompt (" + std::to_string(num_prompt) + " tokens) and max_tokens (" +
                       std::to_string(spec.max_tokens) + ") need " + std::to_string(needed) + " KV blocks of " +
-                      std::to_string(config.block_tokens) + " tokens; the server has " +
-                      std::to_string(config.num_blocks),
+                      std::to_string(config.block_tokens) + " tokens; the server has " + std::to_string(largest),
                   "max_tokens", "context_length_exceeded");
   }
   if (num_unstarted >= config.queue_max) {
@@ -107,136 +149,124 @@ void Scheduler::State::admit() {
     Sequence& head = **waiting.begin();
     // Looking up a long prompt again is worth it only when there is more room than last time, or more to be shared
     // (then there is no blocked head).
-    if (blocked_head == head.id && allocator.num_free() <= blocked_num_free) return;
+    const std::array<int64_t, 2> free = num_free();
+    if (blocked_head == head.id && free[0] <= blocked_num_free[0] && free[1] <= blocked_num_free[1]) return;
     if (!start(head)) {
       blocked_head = head.id;
-      blocked_num_free = allocator.num_free();
+      blocked_num_free = free;
       return;
     }
   }
 }
 
-// Gives the sequence blocks for all its tokens, if there are that many and the reserve.
+// Gives the sequence blocks for all its tokens, in the pool that has more of them, if a pool has that many and the
+// reserve.
 bool Scheduler::State::start(Sequence& sequence) {
-  ActiveRequest& request = *sequence.request;
-  const std::vector<int32_t> cached = reusable_blocks(sequence);
-  const Sequence* holder = prompt_holder(sequence);
-  const int32_t num_hit = static_cast<int32_t>(cached.size()) * config.block_tokens;
-  const bool fork = holder != nullptr && sequence.num_prompt - 1 > num_hit;
-  const int32_t num_kept = fork ? sequence.num_prompt - 1 : num_hit;
-  const auto num_shared = static_cast<size_t>(num_kept / config.block_tokens);
-  const std::vector<int32_t>& source = fork ? holder->blocks : cached;
-
-  const int64_t num_total = blocks_for(static_cast<int64_t>(sequence.tokens.size()));
-  const int64_t num_final = blocks_for(int64_t{sequence.num_prompt} + std::max(request.spec.max_tokens, 1) - 1);
-  const int64_t reserve = std::clamp<int64_t>(num_final - num_total, 0, config.reserve_blocks);
-  const auto revived = std::count_if(source.begin(), source.begin() + static_cast<ptrdiff_t>(num_shared),
-                                     [&](int32_t block) { return allocator.references(block) == 0; });
-  if (allocator.num_free() - revived < num_total - static_cast<int64_t>(num_shared) + reserve) return false;
+  std::optional<Match> best;
+  for (const Pool pool : {Pool::kDevice, Pool::kHost}) {
+    if (!can_hold(sequence, pool)) continue;
+    Match candidate = match(sequence, pool);
+    if (best.has_value() && candidate.num_tokens <= best->num_tokens) continue;
+    if (fits(sequence, candidate)) best = std::move(candidate);
+  }
+  if (!best.has_value()) return false;
 
   leave_queue(sequence);
   sequence.turn = ++last_turn;
-  for (size_t i = 0; i < num_shared; ++i) {
-    allocator.share(source[i]);
-    sequence.blocks.push_back(source[i]);
-  }
-  while (static_cast<int64_t>(sequence.blocks.size()) < num_total) sequence.blocks.push_back(take_block());
-  sequence.num_cached = num_kept;
-  // The block that holds the prompt's last token is written: by the row of that token, then by generated ones.
-  if (num_kept % config.block_tokens != 0)
-    copies.push_back({.from = source[num_shared], .to = sequence.blocks[num_shared]});
-  if (!fork) {
-    sequence.num_hashed_blocks = static_cast<int32_t>(num_shared);
-    sequence.prefix = num_shared == 0 ? PrefixCache::kRoot : cache.entry(source[num_shared - 1]);
-  }
+  take_blocks(sequence, *best);
+  ActiveRequest& request = *sequence.request;
   if (!request.started) {
     request.started = true;
     --num_unstarted;
     num_unstarted_tokens -= request.num_prompt_tokens();
-    request.num_cached_prompt = num_hit;
+    request.num_cached_prompt = best->num_tokens;
     if (config.prefix_cache && !needs_scores(sequence)) {
       prefix_queries_tokens += sequence.num_prompt;
-      prefix_hits_tokens += num_hit;
+      prefix_hits_tokens += best->num_tokens;
     }
   }
   enter_running(sequence);
   return true;
 }
 
-// The blocks that the prefix cache has of the sequence's tokens; never of the last one, which must be computed to be
-// answered.
-std::vector<int32_t> Scheduler::State::reusable_blocks(const Sequence& sequence) const {
-  std::vector<int32_t> blocks;
-  if (!config.prefix_cache || needs_scores(sequence)) return blocks;
-  const std::span<const int32_t> tokens(sequence.tokens);
-  const auto step = static_cast<size_t>(config.block_tokens);
-  PrefixCache::EntryId prefix = PrefixCache::kRoot;
-  for (size_t begin = 0; begin + step < tokens.size(); begin += step) {
-    const int32_t block = cache.find(prefix, tokens.subspan(begin, step));
-    if (block == PrefixCache::kNoBlock) break;
-    blocks.push_back(block);
-    prefix = cache.entry(block);
+// Of its prompt, what a sibling's blocks hold, or of all its tokens, what the prefix cache knows.
+Match Scheduler::State::match(const Sequence& sequence, Pool pool) const {
+  Match match{.pool = pool, .blocks = {}, .num_tokens = 0};
+  if (needs_scores(sequence)) return match;
+  if (config.prefix_cache) match.blocks = pools[static_cast<size_t>(pool)].find(sequence.tokens);
+  match.num_tokens = static_cast<int32_t>(match.blocks.size()) * config.block_tokens;
+  const Sequence* holder = prompt_holder(sequence, pool);
+  if (holder != nullptr && sequence.num_prompt - 1 > match.num_tokens) {
+    match.blocks = holder->blocks;
+    match.num_tokens = sequence.num_prompt - 1;
   }
-  return blocks;
+  return match;
 }
 
-// A running sibling whose blocks hold the whole prompt.
-const Sequence* Scheduler::State::prompt_holder(const Sequence& sequence) const {
-  if (needs_scores(sequence)) return nullptr;
+bool Scheduler::State::fits(const Sequence& sequence, const Match& match) const {
+  const BlockAllocator& allocator = pools[static_cast<size_t>(match.pool)].allocator;
+  const int64_t num_total = blocks_for(static_cast<int64_t>(sequence.tokens.size()));
+  const int64_t num_final = final_blocks(sequence.num_prompt, sequence.max_tokens);
+  const int64_t reserve = std::clamp<int64_t>(num_final - num_total, 0, config.reserve_blocks);
+  const int64_t num_shared = match.num_tokens / config.block_tokens;
+  const auto revived = std::count_if(match.blocks.begin(), match.blocks.begin() + num_shared,
+                                     [&](int32_t block) { return allocator.references(block) == 0; });
+  return allocator.num_free() - revived >= num_total - num_shared + reserve;
+}
+
+// The full blocks of the match are shared, the others are the sequence's own.
+void Scheduler::State::take_blocks(Sequence& sequence, const Match& match) {
+  sequence.pool = match.pool;
+  BlockPool& pool = blocks_of(sequence);
+  const auto num_shared = static_cast<size_t>(match.num_tokens / config.block_tokens);
+  const auto num_total = static_cast<size_t>(blocks_for(static_cast<int64_t>(sequence.tokens.size())));
+  sequence.blocks.assign(match.blocks.begin(), match.blocks.begin() + static_cast<ptrdiff_t>(num_shared));
+  for (const int32_t block : sequence.blocks) pool.allocator.share(block);
+  while (sequence.blocks.size() < num_total) sequence.blocks.push_back(pool.take());
+  sequence.num_cached = match.num_tokens;
+  // The block that holds the prompt's last token is written: by the row of that token, then by generated ones.
+  if (match.num_tokens % config.block_tokens == 0) return;
+  copies.push_back({.pool = match.pool, .from = match.blocks[num_shared], .to = sequence.blocks[num_shared]});
+}
+
+// A running sibling whose blocks, in that pool, hold the whole prompt.
+const Sequence* Scheduler::State::prompt_holder(const Sequence& sequence, Pool pool) const {
   for (const auto& sibling : sequence.request->sequences) {
     const bool holds = sibling->phase == Phase::kRunning && sibling->num_cached >= sibling->num_prompt;
-    if (holds && sibling.get() != &sequence) return sibling.get();
+    if (holds && sibling->pool == pool && sibling.get() != &sequence) return sibling.get();
   }
   return nullptr;
 }
 
-int32_t Scheduler::State::take_block() {
-  const std::optional<BlockAllocator::Taken> taken = allocator.take();
-  MOED_CHECK(taken.has_value()) << "no free block";
-  if (taken->was_cached) {
-    // The blocks that go next, in time: nearer ones have their entries by now.
-    if (const int32_t far = allocator.coming(2 * kVictimsAhead); far >= 0) cache.prefetch_entry(far);
-    if (const int32_t near = allocator.coming(kVictimsAhead); near >= 0) cache.prefetch_bucket(near);
-    cache.erase(taken->block);
-  }
-  return taken->block;
-}
-
-void Scheduler::State::release_blocks(Sequence& sequence) {
-  // Back to front: of what the prefix cache keeps, the ends of sequences are reused before the beginnings they need.
-  for (size_t i = sequence.blocks.size(); i-- > 0;) {
-    allocator.release(sequence.blocks[i], cache.contains(sequence.blocks[i]));
-  }
-  sequence.blocks.clear();
-}
-
-// Makes room for the KV of one more token, at the expense of those that go after. False: not in this pass.
+// Makes room for the KV of one more token, at the expense of those of its pool that go after. False: not in this pass.
 bool Scheduler::State::grow(Sequence& sequence) {
-  while (allocator.num_free() == 0) {
-    Sequence* victim = last_preemptible();
+  BlockPool& pool = blocks_of(sequence);
+  while (pool.allocator.num_free() == 0) {
+    Sequence* victim = last_preemptible(sequence.pool);
     if (victim == &sequence && must_wait_for_live(sequence)) return false;
     preempt(*victim);
     if (victim == &sequence) return false;
   }
-  sequence.blocks.push_back(take_block());
+  sequence.blocks.push_back(pool.take());
   return true;
 }
 
-// Somebody in a live pass ought to make room, and can when the pass ends.
+// Somebody of its pool in a live pass ought to make room, and can when the pass ends.
 bool Scheduler::State::must_wait_for_live(const Sequence& sequence) const {
   for (const LivePass& pass : passes) {
     if (!pass.live) continue;
     for (const Sequence* other : pass.sequences) {
-      if (other != nullptr && (other->phase == Phase::kEnded || GoesBefore()(&sequence, other))) return true;
+      if (other == nullptr || other->pool != sequence.pool) continue;
+      if (other->phase == Phase::kEnded || GoesBefore()(&sequence, other)) return true;
     }
   }
   return false;
 }
 
-Sequence* Scheduler::State::last_preemptible() const {
+Sequence* Scheduler::State::last_preemptible(Pool pool) const {
   Sequence* last = nullptr;
   for (Sequence* sequence : running) {
-    if (!sequence->pass && (last == nullptr || GoesBefore()(last, sequence))) last = sequence;
+    if (sequence->pool == pool && !sequence->pass && (last == nullptr || GoesBefore()(last, sequence))) last = sequence;
   }
   MOED_CHECK(last != nullptr) << "all running sequences are in live passes";
   return last;

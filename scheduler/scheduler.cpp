@@ -97,10 +97,12 @@ bool Scheduler::idle() const {
 }
 
 SchedulerStats Scheduler::stats() const {
+  const auto pool_stats = [](const BlockPool& pool) {
+    return PoolStats{.blocks_used = pool.allocator.num_used(), .blocks_total = pool.allocator.num_blocks()};
+  };
   return {.num_running = static_cast<int32_t>(state_->running.size()),
           .num_waiting = state_->num_waiting_requests,
-          .blocks_used = state_->allocator.num_used(),
-          .blocks_total = state_->allocator.num_blocks(),
+          .pools = {pool_stats(state_->pools[0]), pool_stats(state_->pools[1])},
           .num_preemptions = state_->num_preemptions,
           .prefix_queries_tokens = state_->prefix_queries_tokens,
           .prefix_hits_tokens = state_->prefix_hits_tokens};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -7,6 +8,7 @@
 
 #include "base/status.h"
 #include "engine/step.h"
+#include "plan/kv_placement.h"
 #include "plan/step_model.h"
 #include "scheduler/request.h"
 
@@ -16,7 +18,10 @@ enum class PassKind : uint8_t { kInteractive, kBulk };
 
 struct SchedulerConfig {
   int32_t block_tokens = 16;
-  int64_t num_blocks = 0;        // of pool kHost
+  int64_t num_blocks = 0;     // of pool kHost; not used with kv kDevice
+  int64_t device_blocks = 0;  // of pool kDevice; not used with kv kHost
+  KvPlacement kv = KvPlacement::kHost;
+  int32_t max_model_len = 0;     // tokens that one sequence may come to; 0: not known
   int32_t pass_rows_max = 512;   // rows of one pass, and so the longest chunk
   int32_t sequences_max = 256;   // sequences that run at once
   int32_t queue_max = 1024;      // requests that wait
@@ -25,6 +30,11 @@ struct SchedulerConfig {
   int32_t reserve_blocks = 1;    // admission needs the prompt's blocks and these
   bool prefix_cache = true;
 };
+
+// Can a scheduler work with it? Errors: kInvalidArgument whose param() is the field: a pool that `kv` names has no
+// blocks
+// ("kv"), a sequence of max_model_len fits no pool that it may use ("max_model_len"), a limit is too small.
+Status validate(const SchedulerConfig& config);
 
 // What happened to one choice of one request, in order. Exactly one event of each choice has finish != kNone, and it is
 // the last, unless finish() ended the choice first: then no event follows.
@@ -48,22 +58,31 @@ struct LiveSequence {
 
 // A copy that must run before the pass that was just scheduled begins.
 struct BlockCopy {
+  Pool pool = Pool::kHost;
   int32_t from = 0;
   int32_t to = 0;
 };
 
-struct SchedulerStats {
-  int32_t num_running = 0;  // sequences
-  int32_t num_waiting = 0;  // requests with a choice that is not running, preempted ones included
+struct PoolStats {
   int64_t blocks_used = 0;  // referenced by a sequence; cached free ones are not counted
   int64_t blocks_total = 0;
+  int64_t blocks_free() const { return blocks_total - blocks_used; }
+};
+
+struct SchedulerStats {
+  int32_t num_running = 0;         // sequences
+  int32_t num_waiting = 0;         // requests with a choice that is not running, preempted ones included
+  std::array<PoolStats, 2> pools;  // by Pool; a pool that `kv` leaves out has no blocks
   int64_t num_preemptions = 0;
   int64_t prefix_queries_tokens = 0;
   int64_t prefix_hits_tokens = 0;
 
-  // Share of the blocks that sequences hold, 0 to 1.
+  const PoolStats& pool(Pool which) const { return pools[static_cast<size_t>(which)]; }
+  int64_t blocks_used() const { return pools[0].blocks_used + pools[1].blocks_used; }
+  int64_t blocks_total() const { return pools[0].blocks_total + pools[1].blocks_total; }
+  // Share of the blocks of both pools that sequences hold, 0 to 1.
   double kv_usage() const {
-    return blocks_total > 0 ? static_cast<double>(blocks_used) / static_cast<double>(blocks_total) : 0.0;
+    return blocks_total() > 0 ? static_cast<double>(blocks_used()) / static_cast<double>(blocks_total()) : 0.0;
   }
 };
 
@@ -71,14 +90,18 @@ struct SchedulerStats {
 // Serving thread only.
 //
 // Admission takes the prompt's blocks and a small reserve, never max_tokens; when a running sequence cannot grow, the
-// one last in (priority, arrival) that is in no live pass is preempted and later recomputed, its sent tokens kept. A
-// sequence is in at most one live pass. The choices of a request share its prompt's blocks.
+// one last in (priority, arrival) of its pool that is in no live pass is preempted and later recomputed, its sent
+// tokens kept. A sequence is in at most one live pass. The choices of a request share its prompt's blocks.
+//
+// A sequence stays in one KV pool while it runs; each time it starts, kSplit takes the pool with room that holds more
+// of its tokens already, of equals the device's. Only pools that can hold it to its end are asked.
 class Scheduler {
  public:
+  // REQUIRES: validate(config) is OK.
   explicit Scheduler(const SchedulerConfig& config);
   ~Scheduler();
 
-  // kResourceExhausted when the queue is full; kInvalidArgument when the prompt can never fit the pool. The request is
+  // kResourceExhausted when the queue is full; kInvalidArgument when the prompt can never fit a pool. The request is
   // untouched on error.
   Status add(Request request);
 

@@ -39,6 +39,7 @@ struct alignas(64) Sequence {
   std::optional<PassKind> pass;  // the live pass it is in
   bool reported = false;         // its first event is out
   bool may_stop = false;         // there are tokens that end it
+  Pool pool = Pool::kHost;       // that of `blocks`
   int32_t running_index = 0;     // in State::running
   ActiveRequest* request = nullptr;
   PrefixCache::EntryId prefix = PrefixCache::kRoot;  // the entry of the hashed blocks

@@ -1,13 +1,13 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <set>
 #include <unordered_map>
 #include <vector>
 
-#include "scheduler/block_allocator.h"
-#include "scheduler/prefix_cache.h"
+#include "scheduler/block_pool.h"
 #include "scheduler/scheduler.h"
 #include "scheduler/sequence.h"
 
@@ -27,6 +27,13 @@ struct Chunk {
   int32_t num_new = 0;
 };
 
+// What a pool holds of a sequence that wants to start there.
+struct Match {
+  Pool pool = Pool::kHost;
+  std::vector<int32_t> blocks;  // they hold its first num_tokens; the last one perhaps in part
+  int32_t num_tokens = 0;
+};
+
 // The scheduler's insides. queue.cpp: who waits, runs and ends, and with which blocks. passes.cpp: what a pass takes
 // and gives.
 struct Scheduler::State {
@@ -37,27 +44,39 @@ struct Scheduler::State {
   void enqueue(RequestSpec spec);
   void admit();
   bool start(Sequence& sequence);
-  std::vector<int32_t> reusable_blocks(const Sequence& sequence) const;
-  const Sequence* prompt_holder(const Sequence& sequence) const;
+  Match match(const Sequence& sequence, Pool pool) const;
+  bool can_hold(const Sequence& sequence, Pool pool) const {
+    return final_blocks(sequence.num_prompt, sequence.max_tokens) <=
+           pools[static_cast<size_t>(pool)].allocator.num_blocks();
+  }
+  bool fits(const Sequence& sequence, const Match& match) const;
+  void take_blocks(Sequence& sequence, const Match& match);
+  const Sequence* prompt_holder(const Sequence& sequence, Pool pool) const;
   bool grow(Sequence& sequence);
   bool is_full(const Sequence& sequence) const {
     return static_cast<int64_t>(sequence.blocks.size()) * config.block_tokens <
            static_cast<int64_t>(sequence.tokens.size());
   }
   bool must_wait_for_live(const Sequence& sequence) const;
-  Sequence* last_preemptible() const;
+  Sequence* last_preemptible(Pool pool) const;
   void preempt(Sequence& sequence);
   void end(Sequence& sequence);
   void leave(Sequence& sequence);
   void prompt_done(ActiveRequest& request);
   void erase_if_gone(ActiveRequest& request);
-  int32_t take_block();
-  void release_blocks(Sequence& sequence);
+  void release_blocks(Sequence& sequence) { blocks_of(sequence).release(sequence.blocks); }
   void enter_queue(Sequence& sequence, Phase phase);
   void leave_queue(Sequence& sequence);
   void enter_running(Sequence& sequence);
   void leave_running(Sequence& sequence);
   int64_t blocks_for(int64_t num_tokens) const { return (num_tokens + config.block_tokens - 1) / config.block_tokens; }
+  // Of a sequence that generates all it may. The last token's KV is never needed.
+  int64_t final_blocks(int64_t num_prompt, int32_t max_tokens) const {
+    return blocks_for(num_prompt + std::max(max_tokens, 1) - 1);
+  }
+  BlockPool& blocks_of(const Sequence& sequence) { return pools[static_cast<size_t>(sequence.pool)]; }
+  const BlockPool& blocks_of(const Sequence& sequence) const { return pools[static_cast<size_t>(sequence.pool)]; }
+  std::array<int64_t, 2> num_free() const { return {pools[0].allocator.num_free(), pools[1].allocator.num_free()}; }
   bool needs_scores(const Sequence& sequence) const {
     return !sequence.reported && sequence.choice == 0 && sequence.request->spec.prompt_logprobs;
   }
@@ -85,8 +104,7 @@ struct Scheduler::State {
   void check_pass(PassKind kind) const;
 
   const SchedulerConfig config;
-  BlockAllocator allocator;
-  PrefixCache cache;
+  std::array<BlockPool, 2> pools;  // by Pool
   std::unordered_map<RequestId, std::unique_ptr<ActiveRequest>> requests;
   std::set<Sequence*, GoesBefore> waiting;
   std::vector<Sequence*> running;                     // in no order
@@ -100,8 +118,8 @@ struct Scheduler::State {
   std::vector<Sequence*> needy;        // and those of them whose row has no slot yet,
   std::vector<Chunk> chunks;           // and chunks of long prefills
 
-  SequenceId blocked_head = 0;   // the head of the queue that did not fit,
-  int64_t blocked_num_free = 0;  // when so many blocks were free
+  SequenceId blocked_head = 0;                // the head of the queue that did not fit,
+  std::array<int64_t, 2> blocked_num_free{};  // when so many blocks were free
   int64_t num_added = 0;
   SequenceId last_sequence_id = 0;
   int64_t now_us = 0;  // of the last schedule()

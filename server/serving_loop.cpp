@@ -106,7 +106,7 @@ void ServingLoop::step() {
 bool ServingLoop::begin(PassKind kind) {
   const auto sequences = scheduler_.schedule(kind, tracker_.model(), now_us());
   if (sequences.empty()) return false;
-  for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(Pool::kHost, copy.from, copy.to);
+  for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(copy.pool, copy.from, copy.to);
   const StepShape shape = scheduler_.shape(kind);
   cut_short_[static_cast<size_t>(kind)] = false;
   pass(kind) = engine_.begin(sequences, host_plan(shape, model_));

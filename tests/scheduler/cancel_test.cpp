@@ -26,15 +26,15 @@ TEST(Scheduler, CancelInALivePassHoldsTheBlocksUntilDropped) {
     Harness harness(small_config());
     ASSERT_TRUE(harness.add(make_spec(1, make_prompt(kind == kBulk ? 20 : 6, 1), 4)).ok());
     ASSERT_EQ(harness.begin(kind).size(), 1U);
-    const int64_t used = harness.scheduler.stats().blocks_used;
+    const int64_t used = harness.scheduler.stats().blocks_used();
     const std::vector<LiveSequence> live = harness.scheduler.finish(1, FinishReason::kCancelled);
     ASSERT_EQ(live.size(), 1U);
     EXPECT_EQ(live[0].pass, kind);
-    EXPECT_EQ(harness.scheduler.stats().blocks_used, used);
+    EXPECT_EQ(harness.scheduler.stats().blocks_used(), used);
     EXPECT_FALSE(harness.scheduler.idle());
     EXPECT_TRUE(harness.scheduler.finish(1, FinishReason::kCancelled).empty());  // not twice
     harness.leave(live);
-    EXPECT_EQ(harness.scheduler.stats().blocks_used, 0);
+    EXPECT_EQ(harness.scheduler.stats().blocks_used(), 0);
     EXPECT_FALSE(harness.advance(kind));
     harness.commit(kind);
     EXPECT_EQ(harness.of(1).num_events, 0);
@@ -53,7 +53,7 @@ TEST(Scheduler, CommitFreesWhatWasNotDropped) {
   }
   harness.commit(kInteractive);
   EXPECT_EQ(harness.of(1).num_events, 0);
-  EXPECT_EQ(harness.scheduler.stats().blocks_used, 2);
+  EXPECT_EQ(harness.scheduler.stats().blocks_used(), 2);
   harness.run_all();
   expect_answer(harness, other);
   expect_clean(harness);

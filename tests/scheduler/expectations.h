@@ -22,7 +22,7 @@ inline void expect_answer(Harness& harness, const RequestSpec& spec, int32_t cho
 // Nothing runs, waits or holds a block.
 inline void expect_clean(const Harness& harness) {
   EXPECT_TRUE(harness.scheduler.idle());
-  EXPECT_EQ(harness.scheduler.stats().blocks_used, 0);
+  EXPECT_EQ(harness.scheduler.stats().blocks_used(), 0);
   EXPECT_EQ(harness.scheduler.stats().num_running, 0);
   EXPECT_EQ(harness.scheduler.stats().num_waiting, 0);
   EXPECT_EQ(harness.engine.num_alive(), 0);

@@ -75,6 +75,7 @@ class Harness {
         engine({.num_layers = num_layers,
                 .rows_max = config.pass_rows_max,
                 .num_blocks = config.num_blocks,
+                .device_blocks = config.device_blocks,
                 .block_tokens = config.block_tokens,
                 .vocab_size = kVocab}),
         model_(model) {}
@@ -90,7 +91,7 @@ class Harness {
     const auto steps = scheduler.schedule(kind, model_, 0);
     scheduler.check_invariants();
     if (steps.empty()) return steps;
-    for (const BlockCopy& copy : scheduler.block_copies()) engine.copy_block(Pool::kHost, copy.from, copy.to);
+    for (const BlockCopy& copy : scheduler.block_copies()) engine.copy_block(copy.pool, copy.from, copy.to);
     pass(kind) = engine.begin(steps, StepPlan());
     return steps;
   }

@@ -52,7 +52,7 @@ TEST(Scheduler, AdmissionNeedsThePromptsBlocksAndTheReserve) {
   ASSERT_TRUE(harness.add(make_spec(2, make_prompt(12, 2), 8)).ok());
   harness.begin(kInteractive);
   EXPECT_EQ(harness.scheduler.stats().num_running, 1);
-  EXPECT_EQ(harness.scheduler.stats().blocks_used, 2);
+  EXPECT_EQ(harness.scheduler.stats().blocks_used(), 2);
 }
 
 TEST(Scheduler, ReserveIsNotAskedOfASequenceThatNeverGrows) {
@@ -274,11 +274,11 @@ TEST(Scheduler, RunningRequestsShareBlocks) {
   Harness harness(small_config());
   ASSERT_TRUE(harness.add(make_spec(1, make_prompt(17, 1), 20)).ok());
   ASSERT_TRUE(harness.run(kBulk));
-  const int64_t alone = harness.scheduler.stats().blocks_used;
+  const int64_t alone = harness.scheduler.stats().blocks_used();
   ASSERT_TRUE(harness.add(make_spec(2, make_prompt(17, 1), 20)).ok());
   ASSERT_TRUE(harness.run(kInteractive));
   EXPECT_EQ(harness.scheduler.stats().num_running, 2);
-  EXPECT_LE(harness.scheduler.stats().blocks_used, alone + 2);
+  EXPECT_LE(harness.scheduler.stats().blocks_used(), alone + 2);
   // The first leaves; the second still reads what they shared.
   harness.leave(harness.scheduler.finish(1, FinishReason::kCancelled));
   harness.run_all();

@@ -58,6 +58,7 @@ class Simulation {
         engine_({.num_layers = world_.num_layers,
                  .rows_max = world_.config.pass_rows_max,
                  .num_blocks = world_.config.num_blocks,
+                 .device_blocks = world_.config.device_blocks,
                  .block_tokens = world_.config.block_tokens,
                  .vocab_size = kVocab}) {}
 
@@ -73,7 +74,7 @@ class Simulation {
       turn();
     }
     if (failed()) return;
-    EXPECT_EQ(scheduler_.stats().blocks_used, 0);
+    EXPECT_EQ(scheduler_.stats().blocks_used(), 0);
     EXPECT_EQ(scheduler_.stats().num_running, 0);
     EXPECT_EQ(scheduler_.stats().num_waiting, 0);
     EXPECT_EQ(engine_.num_alive(), 0);
@@ -165,7 +166,7 @@ class Simulation {
     const RequestId id = open_[between(0, static_cast<int32_t>(open_.size()) - 1)];
     Client& client = clients_.at(id);
     const int32_t choice = chance(50) ? -1 : between(0, client.spec.n - 1);
-    const int64_t used = scheduler_.stats().blocks_used;
+    const int64_t used = scheduler_.stats().blocks_used();
     const int32_t running = scheduler_.stats().num_running;
     const std::vector<LiveSequence> live = choice < 0 ? scheduler_.finish(id, FinishReason::kCancelled)
                                                       : scheduler_.finish_choice(id, choice, FinishReason::kStop);
@@ -177,7 +178,7 @@ class Simulation {
       ++tally_.cancels_live;
     } else if (scheduler_.stats().num_running < running) {
       ++tally_.cancels_running;
-      EXPECT_LE(scheduler_.stats().blocks_used, used);
+      EXPECT_LE(scheduler_.stats().blocks_used(), used);
     } else {
       ++tally_.cancels_queued;
     }
@@ -210,7 +211,7 @@ class Simulation {
     const auto steps = scheduler_.schedule(kind, world_.model, 0);
     scheduler_.check_invariants();
     if (steps.empty()) return false;
-    for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(Pool::kHost, copy.from, copy.to);
+    for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(copy.pool, copy.from, copy.to);
     for (const StepSequence& step : steps) tally_.riding += kind == PassKind::kBulk && step.num_new == 1 ? 1 : 0;
     EXPECT_LE(scheduler_.shape(kind).num_rows, world_.config.pass_rows_max);
     pass(kind) = engine_.begin(steps, StepPlan());

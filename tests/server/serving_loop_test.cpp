@@ -114,7 +114,7 @@ class ServingLoopTest : public ::testing::Test {
     loop_->stop(Status(StatusCode::kUnavailable, "the server is shutting down"));
     EXPECT_EQ(loop_->num_open(), 0);
     EXPECT_EQ(engine_->num_alive(), 0);
-    EXPECT_EQ(scheduler_->stats().blocks_used, 0);
+    EXPECT_EQ(scheduler_->stats().blocks_used(), 0);
     scheduler_->check_invariants();
   }
   void TearDown() override { stop(); }
@@ -122,11 +122,11 @@ class ServingLoopTest : public ::testing::Test {
     for (int i = 0; i < 1000 && loop_->num_open() > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     EXPECT_EQ(loop_->num_open(), 0);
     // The last pass's numbers are published at its end.
-    for (int i = 0; i < 1000 && loop_->stats().blocks_used > 0; ++i) {
+    for (int i = 0; i < 1000 && loop_->stats().blocks_used() > 0; ++i) {
       std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
     EXPECT_EQ(loop_->stats().num_running, 0);
-    EXPECT_EQ(loop_->stats().blocks_used, 0);
+    EXPECT_EQ(loop_->stats().blocks_used(), 0);
   }
   static std::vector<int32_t> prompt(int32_t length, int32_t first) {
     std::vector<int32_t> tokens(length);
@@ -174,7 +174,7 @@ TEST_F(ServingLoopTest, ChoicesOfOneRequestEndOneByOne) {
 TEST_F(ServingLoopTest, ACancelFreesItsBlocksWithinALayerOfABulkPass) {
   begin(1024, 20'000);
   Client client(*loop_, 1, prompt(400, 1), 100);
-  for (int i = 0; i < 1000 && loop_->stats().blocks_used == 0; ++i) {
+  for (int i = 0; i < 1000 && loop_->stats().blocks_used() == 0; ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1));
   }
   const int64_t before = now_us();

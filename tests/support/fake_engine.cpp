@@ -82,22 +82,28 @@ struct FakeEngine::State final : PassState {
   int32_t num_rows = 0;  // of sequences that were not dropped
 };
 
-FakeEngine::FakeEngine(const FakeEngineConfig& config) : config_(config), uses_(config.num_blocks) {
-  MOED_CHECK(config.num_layers > 0 && config.vocab_size > 0 && config.num_blocks > 0) << "an empty model";
-  // -1 is no token: what was never written never matches.
-  kv_.assign(config.num_layers, std::vector<int32_t>(config.num_blocks * config.block_tokens, -1));
+FakeEngine::FakeEngine(const FakeEngineConfig& config) : config_(config) {
+  MOED_CHECK(config.num_layers > 0 && config.vocab_size > 0) << "an empty model";
+  MOED_CHECK(config.num_blocks + config.device_blocks > 0) << "no KV blocks";
+  for (const auto& [which, num_blocks] :
+       {std::pair{Pool::kHost, config.num_blocks}, {Pool::kDevice, config.device_blocks}}) {
+    // -1 is no token: what was never written never matches.
+    pool(which).layers.assign(config.num_layers, std::vector<int32_t>(num_blocks * config.block_tokens, -1));
+    pool(which).uses.resize(num_blocks);
+  }
 }
 
 FakeEngine::~FakeEngine() = default;
 
 int32_t& FakeEngine::slot(int32_t layer, const StepSequence& sequence, int32_t position) {
   const int64_t block = sequence.blocks[position / config_.block_tokens];
-  return kv_[layer][block * config_.block_tokens + position % config_.block_tokens];
+  return pool(sequence.pool).layers[layer][block * config_.block_tokens + position % config_.block_tokens];
 }
 
 int32_t FakeEngine::held(int32_t layer, const StepSequence& sequence, int32_t position) const {
   const int64_t block = sequence.blocks[position / config_.block_tokens];
-  return kv_[layer][block * config_.block_tokens + position % config_.block_tokens];
+  return pools_[static_cast<size_t>(sequence.pool)]
+      .layers[layer][block * config_.block_tokens + position % config_.block_tokens];
 }
 
 void FakeEngine::claim(const StepSequence& sequence) {
@@ -109,10 +115,12 @@ void FakeEngine::claim(const StepSequence& sequence) {
       << "sequence " << sequence.id << ": blocks do not cover its rows";
   MOED_CHECK(++alive_[sequence.id] == 1) << "sequence " << sequence.id << " is in two passes";
   const int32_t num_blocks = (end + config_.block_tokens - 1) / config_.block_tokens;
+  std::vector<BlockUse>& uses = pool(sequence.pool).uses;
   for (int32_t i = 0; i < num_blocks; ++i) {
     const int32_t block = sequence.blocks[i];
-    MOED_CHECK(block >= 0 && block < config_.num_blocks) << "sequence " << sequence.id << ": block " << block;
-    BlockUse& use = uses_[block];
+    MOED_CHECK(block >= 0 && block < static_cast<int32_t>(uses.size()))
+        << "sequence " << sequence.id << ": block " << block;
+    BlockUse& use = uses[block];
     const bool writes = i >= sequence.num_cached / config_.block_tokens;
     MOED_CHECK(!use.written && (!writes || use.num_readers == 0))
         << "sequence " << sequence.id << ": block " << block << " is written while another sequence uses it";
@@ -125,7 +133,7 @@ void FakeEngine::release(const StepSequence& sequence) {
   alive_.erase(sequence.id);
   const int32_t end = sequence.num_cached + sequence.num_new;
   for (int32_t i = 0; i * config_.block_tokens < end; ++i) {
-    BlockUse& use = uses_[sequence.blocks[i]];
+    BlockUse& use = pool(sequence.pool).uses[sequence.blocks[i]];
     --use.num_readers;
     use.written = false;
   }
@@ -222,10 +230,13 @@ StepOutput FakeEngine::finish(Pass&& pass) {
   return output;
 }
 
-void FakeEngine::copy_block(Pool pool, int32_t from, int32_t to) {
-  MOED_CHECK(pool == Pool::kHost && from != to) << "copy of block " << from << " to " << to;
-  MOED_CHECK(uses_[to].num_readers == 0) << "copy into block " << to << ", which a live pass uses";
-  for (std::vector<int32_t>& layer : kv_) {
+void FakeEngine::copy_block(Pool which, int32_t from, int32_t to) {
+  KvBlocks& blocks = pool(which);
+  const auto num_blocks = static_cast<int32_t>(blocks.uses.size());
+  MOED_CHECK(from != to && from >= 0 && to >= 0 && from < num_blocks && to < num_blocks)
+      << "copy of block " << from << " to " << to << " in a pool of " << num_blocks;
+  MOED_CHECK(blocks.uses[to].num_readers == 0) << "copy into block " << to << ", which a live pass uses";
+  for (std::vector<int32_t>& layer : blocks.layers) {
     const auto source = layer.begin() + int64_t{from} * config_.block_tokens;
     std::copy_n(source, config_.block_tokens, layer.begin() + int64_t{to} * config_.block_tokens);
   }

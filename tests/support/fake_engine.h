@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -24,7 +25,8 @@ float fake_logprob(std::span<const int32_t> tokens);
 struct FakeEngineConfig {
   int32_t num_layers = 2;
   int32_t rows_max = 512;
-  int64_t num_blocks = 0;  // of pool kHost
+  int64_t num_blocks = 0;     // of pool kHost
+  int64_t device_blocks = 0;  // of pool kDevice
   int32_t block_tokens = 16;
   int32_t vocab_size = 0;
   // Time that one layer of a pass sleeps: layer_us + rows * row_us.
@@ -34,10 +36,10 @@ struct FakeEngineConfig {
 
 // An Engine without a model, for tests of what stands above engines. Its KV holds, per layer and slot, the token that
 // was computed there. At each layer a row writes its own slot and, where an answer is wanted, reads its whole context
-// through the sequence's blocks; the answer is a hash of what it read. So a wrong block table, a lost copy, a block
-// that was given away while still in use, or a cached block that belongs to other tokens changes the answer. A REQUIRES
-// of Engine that a test can break dies in a MOED_CHECK: rows over the limit, a sequence in two passes, a block written
-// while another reads it.
+// through the sequence's blocks in its pool; the answer is a hash of what it read. So a wrong block table, a lost copy,
+// a block that was given away while still in use, or a cached block that belongs to other tokens changes the answer. A
+// REQUIRES of Engine that a test can break dies in a MOED_CHECK: rows over the limit, a sequence in two passes, a block
+// written while another reads it.
 class FakeEngine final : public Engine {
  public:
   explicit FakeEngine(const FakeEngineConfig& config);
@@ -70,9 +72,14 @@ class FakeEngine final : public Engine {
   int32_t& slot(int32_t layer, const StepSequence& sequence, int32_t position);
   int32_t held(int32_t layer, const StepSequence& sequence, int32_t position) const;
 
+  struct KvBlocks {
+    std::vector<std::vector<int32_t>> layers;  // [num_layers][num_blocks * block_tokens]
+    std::vector<BlockUse> uses;                // [num_blocks]
+  };
+  KvBlocks& pool(Pool which) { return pools_[static_cast<size_t>(which)]; }
+
   FakeEngineConfig config_;
-  std::vector<std::vector<int32_t>> kv_;  // [num_layers][num_blocks * block_tokens]
-  std::vector<BlockUse> uses_;            // [num_blocks]
+  std::array<KvBlocks, 2> pools_;  // by Pool
   std::unordered_map<SequenceId, int32_t> alive_;
   int32_t num_alive_ = 0;
   int64_t num_rows_computed_ = 0;
