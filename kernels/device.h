@@ -137,6 +137,7 @@ struct DeviceOptions {
   std::string_view isa;        // "": the best the CPU has; else "avx512_bf16", "avx512", "avx2" or "portable"
   double memory_gib = 0.0;     // of the device's own memory; 0: as the device has. The host device has none of its own
   uint64_t seed = 0;           // of what an emulated device leaves to chance
+  std::string_view faults;     // for tests: what goes wrong on an emulated device, "copy:17,memory:5" (Faults)
 };
 
 // spec: "cpu", "emulated", "emulated:FILE", "simulated:FILE", "cuda" or "cuda:N", as far as this build has them; FILE

@@ -171,39 +171,56 @@ void visit(Route& call, RangeVisitor& visitor) {
   name_rows(visitor, "weights", Access::kWrite, call.weights, call.x.rows);
 }
 
-void visit(ExpertFfnCall& call, RangeVisitor& visitor) {
-  ExpertFfn& args = call.args;
-  for (ExpertWork& work : call.works) {
-    name_table(visitor, "pairs", work.pairs);
-    name_vector(visitor, "expert", work.weights.data, work.weights.shape.bytes());
+void visit(Group& call, RangeVisitor& visitor) {
+  const auto name_out = [&](const char* what, int32_t*& data, int64_t count) {
+    if (data != nullptr) name(visitor, what, Access::kWrite, data, [&](auto&& run) { run(0, count); });
+  };
+  const int64_t num_pairs = int64_t{call.experts.rows} * call.experts.cols;
+  name_rows(visitor, "experts", Access::kRead, call.experts, call.experts.rows);
+  name_out("offsets", call.offsets, call.num_experts + 1);
+  name_out("pairs", call.pairs, num_pairs);
+  name_out("host_offsets", call.host_offsets, call.num_experts + 1);
+  name_out("host_pairs", call.host_pairs, num_pairs);
+}
+
+// Which rows of scratch and y it writes only the pairs say, and they may be where no host can read them.
+void visit(ExpertFfn& call, RangeVisitor& visitor) {
+  name_table(visitor, "blobs", call.blobs);
+  for (const std::byte* const& blob : call.blobs) {
+    const std::byte* address = blob;
+    name_vector(visitor, "blob", address, call.shape.bytes());
+    if (address != blob) const_cast<const std::byte*&>(blob) = address;
   }
-  name(visitor, "x", Access::kRead, args.x.data, [&](auto&& run) {
-    for (const ExpertWork& work : call.works) {
-      for (const int32_t pair : work.pairs) run(pair / args.choices * args.x.stride, args.x.cols);
-    }
-  });
-  name(visitor, "scratch", Access::kWrite, args.scratch.data, [&](auto&& run) {
-    int64_t row = 0;
-    for (const ExpertWork& work : call.works) {
-      for (size_t i = 0; i < work.pairs.size(); ++i) run(row++ * args.scratch.stride, work.weights.shape.intermediate);
-    }
-  });
-  name(visitor, "y", Access::kWrite, args.y.data, [&](auto&& run) {
-    for (const ExpertWork& work : call.works) {
-      for (const int32_t pair : work.pairs) run(pair * args.y.stride, args.y.cols);
-    }
-  });
+  name_rows(visitor, "x", Access::kRead, call.x, call.x.rows);
+  name_vector(visitor, "offsets", call.offsets, static_cast<int64_t>(call.blobs.size()) + 1);
+  name_vector(visitor, "pairs", call.pairs, call.pairs_max);
+  Matrix<Bf16> scratch = call.scratch;
+  scratch.cols = call.shape.intermediate;
+  name_rows(visitor, "scratch", Access::kWrite, scratch, call.pairs_max);
+  call.scratch.data = scratch.data;
+  name_rows(visitor, "y", Access::kUpdate, call.y, call.y.rows);
 }
 
 void visit(Combine& call, RangeVisitor& visitor) {
-  name_rows(visitor, "y", Access::kRead, call.y, int64_t{call.residual.rows} * call.choices);
+  const int64_t rows = call.residual.rows;
+  name_rows(visitor, "y", Access::kRead, call.y, rows * call.choices);
   if (call.weights.data != nullptr) {
     Matrix<const float> used = call.weights;
     used.cols = call.choices;
-    name_rows(visitor, "weights", Access::kRead, used, call.residual.rows);
+    name_rows(visitor, "weights", Access::kRead, used, rows);
     call.weights.data = used.data;
   }
-  name_rows(visitor, "residual", Access::kUpdate, call.residual, call.residual.rows);
+  if (call.host_y.data != nullptr) {
+    name_table(visitor, "host_blobs", call.host_blobs);
+    name_rows(visitor, "experts", Access::kRead, call.experts, rows);
+    name_rows(visitor, "host_y", Access::kRead, call.host_y, rows * call.choices);
+  }
+  name_rows(visitor, "residual", Access::kUpdate, call.residual, rows);
+}
+
+void visit(MoveCall& call, RangeVisitor& visitor) {
+  name_rows(visitor, "from", Access::kRead, call.from, call.from.rows);
+  name_rows(visitor, "to", Access::kWrite, call.to, call.from.rows);
 }
 
 void run(EmbedCall& call, Ops& ops, Stream& stream) { ops.embed(call.tokens, call.table, call.out, stream); }
@@ -216,17 +233,16 @@ void run(LinearCall& call, Ops& ops, Stream& stream) {
 void run(RopeAppend& call, Ops& ops, Stream& stream) { ops.rope_append(call, stream); }
 void run(Attention& call, Ops& ops, Stream& stream) { ops.attention(call, stream); }
 void run(Route& call, Ops& ops, Stream& stream) { ops.route(call, stream); }
-void run(ExpertFfnCall& call, Ops& ops, Stream& stream) {
-  call.args.works = call.works;
-  ops.expert_ffn(call.args, stream);
-}
+void run(Group& call, Ops& ops, Stream& stream) { ops.group(call, stream); }
+void run(ExpertFfn& call, Ops& ops, Stream& stream) { ops.expert_ffn(call, stream); }
 void run(Combine& call, Ops& ops, Stream& stream) { ops.combine(call, stream); }
+void run(MoveCall& call, Ops& ops, Stream& stream) { ops.move(call.from, call.to, stream); }
 
 }  // namespace
 
 const char* op_name(const OpCall& call) {
-  static constexpr const char* kNames[] = {"embed",     "rms_norm", "linear",     "rope_append",
-                                           "attention", "route",    "expert_ffn", "combine"};
+  static constexpr const char* kNames[] = {"embed", "rms_norm", "linear",     "rope_append", "attention",
+                                           "route", "group",    "expert_ffn", "combine",     "move"};
   static_assert(std::size(kNames) == std::variant_size_v<OpCall>);
   return kNames[call.index()];
 }
@@ -259,10 +275,12 @@ void QueuedOps::attention(const Attention& args, Stream& stream) { enqueue(args,
 
 void QueuedOps::route(const Route& args, Stream& stream) { enqueue(args, stream); }
 
-void QueuedOps::expert_ffn(const ExpertFfn& args, Stream& stream) {
-  enqueue(ExpertFfnCall{args, {args.works.begin(), args.works.end()}}, stream);
-}
+void QueuedOps::group(const Group& args, Stream& stream) { enqueue(args, stream); }
+
+void QueuedOps::expert_ffn(const ExpertFfn& args, Stream& stream) { enqueue(args, stream); }
 
 void QueuedOps::combine(const Combine& args, Stream& stream) { enqueue(args, stream); }
+
+void QueuedOps::move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) { enqueue(MoveCall{from, to}, stream); }
 
 }  // namespace moed

@@ -3,7 +3,6 @@
 #include <cstdint>
 #include <span>
 #include <variant>
-#include <vector>
 
 #include "base/function_ref.h"
 #include "kernels/ops.h"
@@ -11,8 +10,8 @@
 namespace moed {
 
 // A call of each op as a value: what a device that runs behind the host keeps in its queues. RopeAppend, Attention,
-// Route and Combine are their own. Tables (positions, spans, pairs...) stay where they are: ops.h asks that mapped
-// memory be left alone until the op has run.
+// Route, Group, ExpertFfn and Combine are their own. Tables (positions, spans, blobs...) stay where they are: ops.h
+// asks that mapped memory be left alone until the op has run.
 struct EmbedCall {
   std::span<const int32_t> tokens;
   Matrix<const Bf16> table;
@@ -31,12 +30,12 @@ struct LinearCall {
   bool accumulate = false;
   Matrix<float> y;
 };
-// `works` is the call's own copy of args.works, which is the host's to reuse when the call returns.
-struct ExpertFfnCall {
-  ExpertFfn args;
-  std::vector<ExpertWork> works;
+struct MoveCall {
+  Matrix<const Bf16> from;
+  Matrix<Bf16> to;
 };
-using OpCall = std::variant<EmbedCall, RmsNormCall, LinearCall, RopeAppend, Attention, Route, ExpertFfnCall, Combine>;
+using OpCall =
+    std::variant<EmbedCall, RmsNormCall, LinearCall, RopeAppend, Attention, Route, Group, ExpertFfn, Combine, MoveCall>;
 
 // "embed", "rms_norm"...
 const char* op_name(const OpCall& call);
@@ -50,7 +49,9 @@ class RangeVisitor {
   // The op touches runs of bytes, counted from `base`, which the visitor may replace. Runs that follow one another in
   // memory and in order come as one; none is empty. Pointers that an op may leave out come only when they are set.
   virtual void range(const char* name, Access access, const void*& base, Runs runs) = 0;
-  // A table that the host wrote in mapped memory. Those that a table of spans points to cannot be replaced.
+  // A table that the host wrote in mapped memory. Those that a table of spans points to cannot be replaced. A visitor
+  // that replaces a blob must have replaced the table "blobs", which comes before, by one that may be written: the new
+  // address goes there.
   virtual void table(const char* name, const void*& data, int64_t bytes) = 0;
 };
 // REQUIRES: the tables are there, for they say which rows, slots and blocks the op touches.
@@ -67,8 +68,10 @@ class QueuedOps : public Ops {
   void rope_append(const RopeAppend& args, Stream& stream) override;
   void attention(const Attention& args, Stream& stream) override;
   void route(const Route& args, Stream& stream) override;
+  void group(const Group& args, Stream& stream) override;
   void expert_ffn(const ExpertFfn& args, Stream& stream) override;
   void combine(const Combine& args, Stream& stream) override;
+  void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) override;
 
  private:
   virtual void enqueue(OpCall call, Stream& stream) = 0;

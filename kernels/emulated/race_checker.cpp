@@ -39,6 +39,13 @@ uint64_t RaceChecker::begin(int32_t actor, const char* op) {
 
 bool RaceChecker::host_has_seen(int32_t actor, uint64_t time) const { return time_of(clocks_[kHost], actor) >= time; }
 
+bool RaceChecker::host_has_seen(const VectorClock& clock) const {
+  for (size_t actor = 0; actor < clock.size(); ++actor) {
+    if (!host_has_seen(static_cast<int32_t>(actor), clock[actor])) return false;
+  }
+  return true;
+}
+
 // What the host has seen comes before all that anybody will do.
 void RaceChecker::drop_seen() {
   if (segments_.size() <= 2 * segments_kept_ + kSegmentsMin) return;

@@ -31,6 +31,7 @@ class RaceChecker {
   void join(int32_t actor, const VectorClock& seen);
   // Whether the host has waited for what the actor did at that time.
   bool host_has_seen(int32_t actor, uint64_t time) const;
+  bool host_has_seen(const VectorClock& clock) const;
   // REQUIRES: begin(). The bytes are given back: a write, and nothing is known of them after.
   void forget(const void* data, int64_t bytes);
 

@@ -70,6 +70,9 @@ class HostDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<HostStream>(); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<HostEvent>(); }
   Ops& ops() override { return ops_; }
+  Ops& host_ops() override { return ops_; }
+  Stream& host_stream() override { return stream_; }
+  std::unique_ptr<HostAttention> make_host_attention() override { return ops_.make_sliced_attention(); }
   int num_host_threads() const override { return pool_.num_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override { pool_.run(count, fn); }
 
@@ -82,6 +85,7 @@ class HostDevice final : public Device {
   const std::string description_;
   ThreadPool pool_;
   HostOps ops_;
+  HostStream stream_;
   std::mutex mutex_;
   std::map<std::byte*, HugePages> pages_;  // guarded by mutex_
 };
@@ -104,6 +108,7 @@ StatusOr<const Isa*> choose_isa(std::string_view name) {
 
 StatusOr<std::unique_ptr<Device>> open_host_device(const DeviceOptions& options) {
   MOED_ASSIGN_OR_RETURN(const Isa* isa, choose_isa(options.isa));
+  if (!options.faults.empty()) return invalid_argument("faults are for emulated devices alone", "faults");
   if (options.num_threads < 0 || options.num_threads > kThreadsMax) {
     return invalid_argument("num_threads must be between 0 and " + std::to_string(kThreadsMax) + ", not " +
                                 std::to_string(options.num_threads),

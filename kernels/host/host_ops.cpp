@@ -4,6 +4,7 @@
 #include <cmath>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "base/check.h"
 
@@ -21,8 +22,6 @@ constexpr int32_t kTaskColumnsMin = 16;
 constexpr int32_t kTaskColumnsMax = 64;
 // Elements that one task of the row-wise ops touches.
 constexpr int64_t kTaskElements = 8192;
-// Attention's partials of split contexts: within what the memory budget allows the process for such things.
-constexpr int64_t kSplitBytesMax = int64_t{64} << 20;
 
 // Rows of W in one task; a multiple of 8, so that only the last task has odd tiles.
 int32_t task_columns(int32_t k, int32_t n, int threads) {
@@ -75,22 +74,16 @@ void HostOps::reserve_scratch(const OpLimits& limits) {
   x_rows_.resize(pairs);
   scratch_rows_.resize(pairs);
   y_rows_.resize(pairs);
-  work_tasks_.resize(limits.num_experts + limits.choices + 2);
-  work_rows_.resize(limits.num_experts + limits.choices + 2);
-  work_wide_.resize(work_rows_.size());
-  work_columns_.resize(work_rows_.size());
+  works_.reserve(std::max(1, limits.num_experts));
+  group_ends_.resize(limits.num_experts);
   const bool wide = use_onednn_ && limits.rows >= OneDnn::kRows;
   const int32_t k_max = std::max({limits.hidden, limits.intermediate, limits.num_heads * limits.head_dim});
   onednn_ = wide ? std::make_unique<OneDnn>(pool_.num_threads(), k_max, kWideColumnsMax) : nullptr;
   logits_.resize(int64_t{limits.rows} * limits.num_experts);
   shared_logits_.resize(limits.rows);
   // Long contexts of few rows are split by chunks until these partials are used up; what is left runs unsplit.
-  const int64_t vector_floats = limits.head_dim + 2;
-  const int64_t split_vectors =
-      std::min(int64_t{32} * pool_.num_threads() * chunks, kSplitBytesMax / (int64_t{sizeof(float)} * vector_floats));
-  split_partials_.resize(pool_.num_threads() == 1 ? 0 : split_vectors * vector_floats);
-  attention_tasks_.reserve(limits.rows + split_vectors);
-  split_tiles_.reserve(limits.rows);
+  reserve_run(attention_run_, pool_.num_threads() == 1 ? 0 : int64_t{32} * pool_.num_threads() * chunks);
+  reserve_sliced();
 }
 
 void HostOps::for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64_t row, int thread)> fn) {
@@ -182,115 +175,165 @@ void HostOps::product(int32_t rows, const LinearWeights& weights, bool accumulat
   });
 }
 
-int64_t HostOps::cut_works(const ExpertFfn& args, bool down) {
+void HostOps::group(const Group& args, Stream&) {
+  MOED_CHECK(args.num_experts <= limits_.num_experts)
+      << args.num_experts << " experts, reserved for " << limits_.num_experts;
+  MOED_CHECK(args.experts.cols <= args.choices) << "group: top " << args.experts.cols << " of " << args.choices;
+  int32_t* ends = group_ends_.data();
+  std::fill(ends, ends + args.num_experts, 0);
+  for (int32_t row = 0; row < args.experts.rows; ++row) {
+    for (int32_t choice = 0; choice < args.experts.cols; ++choice) {
+      const int32_t expert = args.experts.row(row)[choice];
+      MOED_CHECK(expert >= 0 && expert < args.num_experts) << "group: expert " << expert << " of " << args.num_experts;
+      ++ends[expert];
+    }
+  }
+  int32_t sum = 0;
+  for (int32_t expert = 0; expert < args.num_experts; ++expert) {
+    args.offsets[expert] = sum;
+    sum += std::exchange(ends[expert], sum);
+  }
+  args.offsets[args.num_experts] = sum;
+  for (int32_t row = 0; row < args.experts.rows; ++row) {
+    for (int32_t choice = 0; choice < args.experts.cols; ++choice) {
+      args.pairs[ends[args.experts.row(row)[choice]]++] = row * args.choices + choice;
+    }
+  }
+  if (args.host_offsets != nullptr) std::copy_n(args.offsets, args.num_experts + 1, args.host_offsets);
+  if (args.host_pairs != nullptr) std::copy_n(args.pairs, sum, args.host_pairs);
+}
+
+int64_t HostOps::cut_works(bool down) {
   int64_t tasks = 0;
-  for (size_t work = 0; work < args.works.size(); ++work) {
-    const BlobShape& shape = args.works[work].weights.shape;
-    const auto rows = static_cast<int32_t>(args.works[work].pairs.size());
+  for (Work& work : works_) {
+    const BlobShape& shape = work.blob.shape;
+    const int32_t rows = work.end - work.begin;
     const int32_t k = down ? shape.intermediate : shape.hidden;
     const int32_t n = down ? shape.hidden : shape.intermediate;
-    const int32_t columns = columns_for(rows, k, n);
-    work_tasks_[work] = tasks;
-    work_columns_[work] = columns;
-    work_wide_[work] = prepare_wide(rows, k, n, columns) ? 1 : 0;
-    tasks += rows == 0 ? 0 : divide_up(n, columns);
+    work.first_task = tasks;
+    work.columns = columns_for(rows, k, n);
+    work.wide = prepare_wide(rows, k, n, work.columns);
+    tasks += divide_up(n, work.columns);
   }
-  work_tasks_[args.works.size()] = tasks;
   return tasks;
 }
 
-int32_t HostOps::work_of(int64_t task, int32_t num_works) const {
-  const auto begin = work_tasks_.begin();
-  return static_cast<int32_t>(std::upper_bound(begin, begin + num_works + 1, task) - begin) - 1;
+const HostOps::Work& HostOps::work_of(int64_t task) const {
+  const auto after = std::upper_bound(works_.begin(), works_.end(), task,
+                                      [](int64_t wanted, const Work& work) { return wanted < work.first_task; });
+  return *std::prev(after);
+}
+
+void HostOps::list_works(const ExpertFfn& args) {
+  const auto num_experts = static_cast<int32_t>(args.blobs.size());
+  const int32_t num_pairs = num_experts == 0 ? 0 : args.offsets[num_experts];
+  MOED_CHECK(num_experts <= std::max(1, limits_.num_experts))
+      << num_experts << " experts, reserved for " << limits_.num_experts;
+  MOED_CHECK(num_pairs <= args.pairs_max && args.pairs_max <= args.scratch.rows &&
+             static_cast<size_t>(args.pairs_max) <= x_rows_.size())
+      << num_pairs << " pairs, at most " << args.pairs_max << ", scratch for " << args.scratch.rows << ", reserved for "
+      << x_rows_.size();
+  works_.clear();
+  for (int32_t expert = 0; expert < num_experts; ++expert) {
+    const int32_t begin = args.offsets[expert];
+    const int32_t end = args.offsets[expert + 1];
+    MOED_CHECK(begin >= 0 && begin <= end && end <= num_pairs)
+        << "pairs of expert " << expert << ": [" << begin << ", " << end << ") of " << num_pairs;
+    if (args.blobs[expert] == nullptr || begin == end) continue;
+    works_.push_back({.blob = {args.blobs[expert], args.shape}, .begin = begin, .end = end});
+    for (int32_t i = begin; i < end; ++i) {
+      const int32_t pair = args.pairs[i];
+      MOED_CHECK(pair >= 0 && pair < args.y.rows && pair / args.choices < args.x.rows)
+          << "pair " << pair << " of " << args.y.rows;
+      x_rows_[i] = args.x.row(pair / args.choices);
+      scratch_rows_[i] = args.scratch.row(i);
+      y_rows_[i] = args.y.row(pair);
+    }
+  }
 }
 
 void HostOps::expert_ffn(const ExpertFfn& args, Stream&) {
-  const auto num_works = static_cast<int32_t>(args.works.size());
-  MOED_CHECK(args.works.size() < work_tasks_.size()) << num_works << " works, reserved for " << work_tasks_.size() - 1;
-  int32_t pairs = 0;
-  for (int32_t work = 0; work < num_works; ++work) {
-    const BlobShape& shape = args.works[work].weights.shape;
-    MOED_CHECK(shape.hidden == args.x.cols && shape.hidden == args.y.cols && shape.intermediate <= args.scratch.cols)
-        << "expert [" << shape.hidden << ", " << shape.intermediate << "] with x of " << args.x.cols << ", y of "
-        << args.y.cols << ", scratch of " << args.scratch.cols;
-    MOED_CHECK(pairs + args.works[work].pairs.size() <= x_rows_.size()) << "more pairs than " << x_rows_.size();
-    work_rows_[work] = pairs;
-    for (const int32_t pair : args.works[work].pairs) {
-      x_rows_[pairs] = args.x.row(pair / args.choices);
-      scratch_rows_[pairs] = args.scratch.row(pairs);
-      y_rows_[pairs] = args.y.row(pair);
-      ++pairs;
-    }
-  }
-  work_rows_[num_works] = pairs;
-  MOED_CHECK(pairs <= args.scratch.rows) << pairs << " pairs, scratch for " << args.scratch.rows;
-
-  pool_.run(cut_works(args, false), [&](int64_t task, int thread) {
-    const int32_t work = work_of(task, num_works);
-    const int32_t begin = static_cast<int32_t>(task - work_tasks_[work]) * work_columns_[work];
-    const int32_t intermediate = args.works[work].weights.shape.intermediate;
-    gate_up(args, work, begin, std::min(work_columns_[work], intermediate - begin), thread);
+  const BlobShape& shape = args.shape;
+  MOED_CHECK(shape.hidden == args.x.cols && shape.hidden == args.y.cols && shape.intermediate <= args.scratch.cols)
+      << "experts [" << shape.hidden << ", " << shape.intermediate << "] with x of " << args.x.cols << ", y of "
+      << args.y.cols << ", scratch of " << args.scratch.cols;
+  list_works(args);
+  pool_.run(cut_works(false), [&](int64_t task, int thread) {
+    const Work& work = work_of(task);
+    gate_up(args, work, static_cast<int32_t>(task - work.first_task) * work.columns, thread);
   });
-  pool_.run(cut_works(args, true), [&](int64_t task, int thread) {
-    const int32_t work = work_of(task, num_works);
-    const int32_t begin = static_cast<int32_t>(task - work_tasks_[work]) * work_columns_[work];
-    const int32_t hidden = args.works[work].weights.shape.hidden;
-    down(args, work, begin, std::min(work_columns_[work], hidden - begin), thread);
+  pool_.run(cut_works(true), [&](int64_t task, int thread) {
+    const Work& work = work_of(task);
+    down(work, static_cast<int32_t>(task - work.first_task) * work.columns, thread);
   });
 }
 
-// scratch = bf16(silu(gate x) * up x) for `count` columns from `begin` and all rows of the work.
-void HostOps::gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread) {
-  const BlobView& weights = args.works[work].weights;
-  const bool wide = work_wide_[work] != 0;
+// scratch = bf16(silu(gate x) * up x) for a task's columns from `begin` and all rows of the work.
+void HostOps::gate_up(const ExpertFfn& args, const Work& work, int32_t begin, int thread) {
+  const BlobView& blob = work.blob;
+  const int32_t count = std::min(work.columns, blob.shape.intermediate - begin);
   Scratch& scratch = scratch_[thread];
-  for (int32_t row = work_rows_[work]; row < work_rows_[work + 1]; row += kFfnRows) {
+  for (int32_t row = work.begin; row < work.end; row += kFfnRows) {
     DotBlock block;
     block.x = x_rows_.data() + row;
-    block.m = std::min(kFfnRows, work_rows_[work + 1] - row);
-    block.k = weights.shape.hidden;
+    block.m = std::min(kFfnRows, work.end - row);
+    block.k = blob.shape.hidden;
     block.n = count;
-    block.w = weights.gate() + int64_t{begin} * block.k;
+    block.w = blob.gate() + int64_t{begin} * block.k;
     block.y = scratch.gate_rows.data();
-    run_block(block, wide, false, thread);
-    block.w = weights.up() + int64_t{begin} * block.k;
+    run_block(block, work.wide, false, thread);
+    block.w = blob.up() + int64_t{begin} * block.k;
     block.y = scratch.up_rows.data();
-    run_block(block, wide, true, thread);
+    run_block(block, work.wide, true, thread);
     for (int32_t i = 0; i < block.m; ++i) {
       kernels_.silu_mul(scratch.gate_rows[i], scratch.up_rows[i], count, args.scratch.row(row + i) + begin);
     }
   }
 }
 
-// y = down(scratch) for `count` columns from `begin` and all rows of the work.
-void HostOps::down(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread) {
-  const BlobView& weights = args.works[work].weights;
-  const bool wide = work_wide_[work] != 0;
-  const int32_t rows_a_block = wide ? OneDnn::kRows : work_rows_[work + 1] - work_rows_[work];
-  for (int32_t row = work_rows_[work]; row < work_rows_[work + 1]; row += rows_a_block) {
+// y = down(scratch) for a task's columns from `begin` and all rows of the work.
+void HostOps::down(const Work& work, int32_t begin, int thread) {
+  const BlobView& blob = work.blob;
+  const int32_t rows_a_block = work.wide ? OneDnn::kRows : work.end - work.begin;
+  for (int32_t row = work.begin; row < work.end; row += rows_a_block) {
     DotBlock block;
     block.x = scratch_rows_.data() + row;
     block.y = y_rows_.data() + row;
-    block.m = std::min(rows_a_block, work_rows_[work + 1] - row);
-    block.k = weights.shape.intermediate;
-    block.w = weights.down() + int64_t{begin} * block.k;
-    block.n = count;
+    block.m = std::min(rows_a_block, work.end - row);
+    block.k = blob.shape.intermediate;
+    block.w = blob.down() + int64_t{begin} * block.k;
+    block.n = std::min(work.columns, blob.shape.hidden - begin);
     block.y_begin = begin;
-    run_block(block, wide, false, thread);
+    run_block(block, work.wide, false, thread);
   }
 }
 
 void HostOps::combine(const Combine& args, Stream&) {
   const Matrix<float>& residual = args.residual;
+  const bool split = args.host_y.data != nullptr;
   MOED_CHECK(args.y.rows >= int64_t{residual.rows} * args.choices && args.y.cols == residual.cols)
       << "combine: y [" << args.y.rows << ", " << args.y.cols << "], residual [" << residual.rows << ", "
       << residual.cols << "], " << args.choices << " choices";
+  MOED_CHECK(!split ||
+             (args.host_y.rows >= int64_t{residual.rows} * args.choices && args.host_y.cols == residual.cols &&
+              args.experts.rows >= residual.rows && args.experts.cols <= args.choices))
+      << "combine: host_y [" << args.host_y.rows << ", " << args.host_y.cols << "], experts [" << args.experts.rows
+      << ", " << args.experts.cols << "]";
   for_rows(residual.rows, int64_t{residual.cols} * args.choices, [&](int64_t row, int) {
     for (int32_t choice = 0; choice < args.choices; ++choice) {
       const float weight = args.weights.data == nullptr ? 1.0F : args.weights.row(row)[choice];
-      kernels_.add_scaled(args.y.row(row * args.choices + choice), weight, residual.cols, residual.row(row));
+      const bool on_host = split && choice < args.experts.cols &&
+                           args.host_blobs[static_cast<size_t>(args.experts.row(row)[choice])] != nullptr;
+      const float* from = (on_host ? args.host_y : args.y).row(row * args.choices + choice);
+      kernels_.add_scaled(from, weight, residual.cols, residual.row(row));
     }
   });
+}
+
+void HostOps::move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream&) {
+  MOED_CHECK(from.rows == to.rows && from.cols == to.cols)
+      << "move: [" << from.rows << ", " << from.cols << "] to [" << to.rows << ", " << to.cols << "]";
+  for_rows(from.rows, from.cols, [&](int64_t row, int) { std::copy_n(from.row(row), from.cols, to.row(row)); });
 }
 
 void HostOps::rope_append(const RopeAppend& args, Stream&) {

@@ -4,6 +4,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/function_ref.h"
 #include "base/thread_pool.h"
 #include "kernels/host/kernel_table.h"
 #include "kernels/host/onednn.h"
@@ -31,12 +32,17 @@ class HostOps final : public Ops {
   void rope_append(const RopeAppend& args, Stream& stream) override;
   void attention(const Attention& args, Stream& stream) override;
   void route(const Route& args, Stream& stream) override;
+  void group(const Group& args, Stream& stream) override;
   void expert_ffn(const ExpertFfn& args, Stream& stream) override;
   void combine(const Combine& args, Stream& stream) override;
+  void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) override;
+  // Must die before these ops.
+  std::unique_ptr<HostAttention> make_sliced_attention();
 
  private:
+  class SlicedAttention;
   // Rows of one sequence against chunks [chunk_begin, chunk_end): all that they see (split_offset < 0), or one, whose
-  // partials for all KV heads lie at split_partials_[split_offset].
+  // partials for all KV heads lie at AttentionRun::partials[split_offset].
   struct AttentionTask {
     int32_t span = 0;
     int32_t row = 0;  // within the span
@@ -48,6 +54,30 @@ class HostOps final : public Ops {
   struct SplitTile {
     int32_t first_task;  // its chunks are num_chunks tasks in a row
     int32_t num_chunks;
+  };
+  // One call of attention, cut: what has been planned of it and where the partials of its split tiles lie.
+  struct AttentionRun {
+    Attention args;
+    std::vector<AttentionTask> tasks;
+    std::vector<SplitTile> splits;
+    std::vector<float> partials;
+    int64_t partials_used = 0;
+    // The first tile that is not planned yet.
+    size_t next_span = 0;
+    int32_t next_row = 0;
+
+    // Units of work: a task or a split tile, and a KV head.
+    int64_t num_computed() const { return static_cast<int64_t>(tasks.size()) * args.kv.num_kv_heads; }
+    int64_t num_merged() const { return static_cast<int64_t>(splits.size()) * args.kv.num_kv_heads; }
+  };
+  // The pairs of one expert in one call of expert_ffn.
+  struct Work {
+    BlobView blob;
+    int32_t begin = 0;  // of its rows in x_rows_, scratch and y_rows_
+    int32_t end = 0;
+    int64_t first_task = 0;  // of the phase that runs
+    int32_t columns = 0;     // of each task
+    bool wide = false;       // its blocks of many rows go to oneDNN
   };
   struct ChunkOut {
     int32_t head;
@@ -82,18 +112,27 @@ class HostOps final : public Ops {
   int32_t columns_for(int32_t rows, int32_t k, int32_t n) const;
   // The block by oneDNN where it fits, else by the ISA's own kernel.
   void run_block(const DotBlock& block, bool wide, bool x_gathered, int thread);
-  void gate_up(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread);
-  void down(const ExpertFfn& args, int32_t work, int32_t begin, int32_t count, int thread);
+  // Lists the experts that have a blob and rows.
+  void list_works(const ExpertFfn& args);
+  void gate_up(const ExpertFfn& args, const Work& work, int32_t begin, int thread);
+  void down(const Work& work, int32_t begin, int thread);
   float inverse_rms(const float* x, int32_t n, float eps) const;
-  // A phase's tasks: the first of each work to work_tasks_; returns how many there are.
-  int64_t cut_works(const ExpertFfn& args, bool down);
-  int32_t work_of(int64_t task, int32_t num_works) const;
+  // Cuts a phase into tasks; returns how many there are.
+  int64_t cut_works(bool down);
+  const Work& work_of(int64_t task) const;
   void choose_experts(const Route& args, int64_t row, int thread);
   void keep_best_groups(const Route& args, Scratch& scratch) const;
-  void plan_attention(const Attention& args);
-  float* split_at(const Attention& args, const AttentionTask& task, int32_t head);
+  void reserve_sliced();
+  void reserve_run(AttentionRun& run, int64_t vectors) const;
+  void begin_attention(AttentionRun& run, const Attention& args) const;
+  // Plans tiles, split by chunks where `splits` says so of (rows, chunks) and there is room. full_stops: ends before a
+  // tile for which there is none; else it stays whole. False: there was nothing left to plan.
+  bool plan_attention(AttentionRun& run, bool full_stops,
+                      FunctionRef<bool(int32_t num_rows, int32_t num_chunks)> splits) const;
+  void plan_tile(AttentionRun& run, AttentionTask task, bool split) const;
+  void compute_unit(AttentionRun& run, int64_t unit, int thread);
   void run_whole_tile(const Attention& args, const AttentionTask& task, int32_t head, int thread);
-  void merge_split_tile(const Attention& args, const SplitTile& tile, int32_t head);
+  void merge_unit(AttentionRun& run, int64_t unit);
   void compute_chunk(const Attention& args, const AttentionTask& task, const ChunkOut& where, int thread);
   void write_attention(const Attention& args, const AttentionTask& task, int32_t head, const AttentionPartial& done);
 
@@ -106,15 +145,12 @@ class HostOps final : public Ops {
   std::vector<const Bf16*> x_rows_;        // [rows * choices + rows]
   std::vector<const Bf16*> scratch_rows_;  // as many: rows of ExpertFfn::scratch
   std::vector<float*> y_rows_;             // as many
-  std::vector<int64_t> work_tasks_;        // tasks before each work
-  std::vector<int32_t> work_rows_;         // rows before each work
-  std::vector<int32_t> work_columns_;      // columns of each work's tasks
-  std::vector<uint8_t> work_wide_;         // whether a work's blocks of many rows go to oneDNN
+  std::vector<Work> works_;                // of the call that runs
+  std::vector<int32_t> group_ends_;        // [experts]
   std::vector<float> logits_;              // [rows, experts]
   std::vector<float> shared_logits_;       // [rows]
-  std::vector<AttentionTask> attention_tasks_;
-  std::vector<SplitTile> split_tiles_;
-  std::vector<float> split_partials_;
+  AttentionRun attention_run_;
+  std::vector<SlicedAttention*> sliced_;  // those alive
 };
 
 }  // namespace moed
