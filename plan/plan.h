@@ -58,6 +58,13 @@ struct StepPlan {
   ExpertCosts costs;
 };
 
+// What of the experts stands in device memory while the daemon runs.
+struct Residency {
+  bool has_device = false;         // with memory of its own
+  int32_t num_slots = 0;           // experts that it holds at once: resident, kept for a while, passing through
+  std::vector<ExpertId> resident;  // that never leave it; ascending, each once
+};
+
 // The plan of a box without a device: one half, every expert where its weights are.
 StepPlan host_plan(const StepShape& shape, const ModelConfig& config);
 
@@ -90,7 +97,10 @@ class ExpertPlacer {
   double resident_us_ = 0.0;
 };
 
-// Errors name the field, and layer and expert where there is one.
+// Errors name the field, and layer and expert where there is one. Contradictions count: layers that come whole and
+// prefetches need copies; an expert that is neither on the device nor allowed on the host needs them too.
+Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig& config, const Residency& residency);
+// As if no expert were resident, on a device with room for any.
 Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig& config);
 
 }  // namespace moed

@@ -85,7 +85,17 @@ TEST(Plan, RefusalsNameFieldLayerAndExpert) {
        "layer 2, expert 7 twice"},
       {"costs.copy_us", [=](StepPlan& p) { p.costs.copy_us = kNan; }, "NaN"},
       {"costs.host_row_us", [](StepPlan& p) { p.costs.host_row_us = -1.0; }, "negative"},
-      {"costs", [=](StepPlan& p) { p.costs.copy_us = p.costs.host_base_us = kInf; }, "no place"},
+      {"costs", [=](StepPlan& p) { p.costs.copy_us = p.costs.host_base_us = kInf; },
+       "layer 1, expert 0 would have no place: the layer is to come whole, but costs forbid both the host and"},
+      {"layers", [=](StepPlan& p) { p.costs.copy_us = kInf; },
+       "layer 1, expert 0 would have no place: the layer is to come whole, but costs forbid copies or the device"},
+      {"layers", [=](StepPlan& p) { p.costs.device_row_us = kInf; }, "layer 1, expert 0 would have no place"},
+      {"prefetch",
+       [=](StepPlan& p) {
+         p.layers[1] = LayerMode::kRouted;
+         p.costs.copy_us = kInf;
+       },
+       "prefetch names layer 1, expert 0, but costs forbid copies"},
   };
   for (const Case& c : cases) {
     StepPlan plan = device_plan();
@@ -95,6 +105,46 @@ TEST(Plan, RefusalsNameFieldLayerAndExpert) {
     EXPECT_EQ(status.param(), c.param);
     EXPECT_NE(status.message().find(c.text), std::string::npos) << status.message();
   }
+}
+
+std::vector<ExpertId> experts_of(int32_t layer) {
+  std::vector<ExpertId> experts;
+  for (int32_t expert = 0; expert < model().moe.num_experts; ++expert) experts.push_back({layer, expert});
+  return experts;
+}
+
+TEST(Plan, WhatIsResidentNeedsNoOtherPlace) {
+  constexpr double kInf = std::numeric_limits<double>::infinity();
+  StepPlan plan = device_plan();
+  plan.prefetch.clear();
+  plan.layers[2] = LayerMode::kWhole;
+  plan.costs = {.copy_us = kInf, .device_row_us = 1.0, .host_base_us = kInf};
+  Residency residency{.has_device = true, .num_slots = 16, .resident = experts_of(1)};
+  Status status = validate(plan, kShape, model(), residency);
+  ASSERT_FALSE(status.ok());
+  EXPECT_EQ(status.param(), "costs");
+  EXPECT_NE(status.message().find("layer 2, expert 0 would have no place"), std::string::npos) << status.message();
+  const std::vector<ExpertId> others = experts_of(2);
+  residency.resident.insert(residency.resident.end(), others.begin(), others.end());
+  EXPECT_TRUE(validate(plan, kShape, model(), residency).ok());
+  residency.resident.erase(residency.resident.begin() + 13);
+  status = validate(plan, kShape, model(), residency);
+  ASSERT_FALSE(status.ok());
+  EXPECT_NE(status.message().find("layer 2, expert 5 would have no place"), std::string::npos) << status.message();
+}
+
+TEST(Plan, WhatNeedsADeviceIsRefusedWithoutOne) {
+  const Residency nothing;
+  EXPECT_TRUE(validate(host_plan(kShape, model()), kShape, model(), nothing).ok());
+  StepPlan plan = device_plan();
+  Status status = validate(plan, kShape, model(), nothing);
+  EXPECT_EQ(status.param(), "layers");
+  EXPECT_NE(status.message().find("layer 1, expert 0"), std::string::npos) << status.message();
+  EXPECT_NE(status.message().find("there is no device"), std::string::npos) << status.message();
+  plan.layers[1] = LayerMode::kRouted;
+  status = validate(plan, kShape, model(), Residency{.has_device = true, .num_slots = 0, .resident = {}});
+  EXPECT_EQ(status.param(), "prefetch");
+  EXPECT_NE(status.message().find("the device has no slots"), std::string::npos) << status.message();
 }
 
 }  // namespace
