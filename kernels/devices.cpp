@@ -3,32 +3,58 @@
 #include "kernels/device.h"
 #include "kernels/emulated/emulated_device.h"
 #include "kernels/host/host_device.h"
+#include "kernels/machine_file.h"
 
 namespace moed {
 namespace {
 
+// The emulated device with the memory, and the faults, of a machine.
+StatusOr<std::unique_ptr<Device>> open_emulated_machine(std::string_view path, const DeviceOptions& options) {
+  MOED_ASSIGN_OR_RETURN(const MachineFile machine, load_machine_file(std::string(path)));
+  DeviceOptions limited = options;
+  const double gib = machine.device.memory_gib;
+  // What is no amount of memory is refused where all such are.
+  if (options.memory_gib == 0.0 || options.memory_gib > gib) limited.memory_gib = gib;
+  if (options.faults.empty()) limited.faults = machine.faults;
+  return open_emulated_device(limited);
+}
+
+// A spec is "name" or "name:argument"; a kind takes either or both.
 struct DeviceKind {
   std::string_view name;
   StatusOr<std::unique_ptr<Device>> (*open)(const DeviceOptions& options);
+  std::string_view argument;
+  StatusOr<std::unique_ptr<Device>> (*open_with)(std::string_view argument, const DeviceOptions& options);
+
+  std::string usage() const {
+    const std::string text(name);
+    if (open_with == nullptr) return text;
+    const std::string with = ":" + std::string(argument);
+    return open == nullptr ? text + with : text + "[" + with + "]";
+  }
 };
 
 // A new device is a folder and a row.
 constexpr DeviceKind kDevices[] = {
-    {"cpu", &open_host_device},
-    {"emulated", &open_emulated_device},
+    {"cpu", &open_host_device, "", nullptr},
+    {"emulated", &open_emulated_device, "FILE", &open_emulated_machine},
 };
 
 }  // namespace
 
 StatusOr<std::unique_ptr<Device>> open_device(std::string_view spec, const DeviceOptions& options) {
-  if (spec.starts_with("emulated:")) {
-    return invalid_argument("device \"" + std::string(spec) + "\": machine files are not read yet; use \"emulated\"",
-                            "device");
-  }
+  const size_t colon = spec.find(':');
+  const std::string_view name = spec.substr(0, colon);
   std::string known;
   for (const DeviceKind& kind : kDevices) {
-    if (kind.name == spec) return kind.open(options);
-    known += (known.empty() ? "" : ", ") + std::string(kind.name);
+    if (kind.name == name) {
+      if (colon == std::string_view::npos && kind.open != nullptr) return kind.open(options);
+      if (colon != std::string_view::npos && kind.open_with != nullptr) {
+        return kind.open_with(spec.substr(colon + 1), options);
+      }
+      return invalid_argument("device \"" + std::string(spec) + "\" must be given as " + kind.usage(), "device");
+    }
+    known += (known.empty() ? "" : ", ") + kind.usage();
   }
   return invalid_argument("unknown device \"" + std::string(spec) + "\"; this build has: " + known, "device");
 }

@@ -30,8 +30,9 @@ ARROWS = {
 HEADER_HOMES = [
     (re.compile(r"^(cuda|cublas|cub/|cutlass|flashinfer|nvtx)"), ("kernels/cuda/", "tests/")),
     (re.compile(r"^(immintrin|x86intrin|arm_neon|oneapi/dnnl|dnnl)"), ("kernels/host/", "base/", "tests/")),
-    (re.compile(r"^(grpc|google/protobuf|boost/(asio|beast)|openssl/|CLI/|toml\+\+|prometheus/)"),
+    (re.compile(r"^(grpc|google/protobuf|boost/(asio|beast)|openssl/|CLI/|prometheus/)"),
      ("server/", "proto/", "tests/")),
+    (re.compile(r"^toml\+\+"), ("server/settings", "kernels/machine_file.cpp", "tests/")),
 ]
 
 FILE_LINES_MAX = 600
