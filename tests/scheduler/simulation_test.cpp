@@ -1,10 +1,12 @@
 // A scheduler and a fake engine live through seeded worlds: arrivals, lengths, priorities, choices, cancels in every
-// phase, shortage of blocks and rows, interactive passes between the layers of bulk ones. After each step the
-// scheduler's invariants are checked; each token is compared with the one that its own tokens alone demand.
+// phase, one KV pool or two, shortage of blocks and rows, interactive passes between the layers of bulk ones. After
+// each step the scheduler's invariants are checked; each token is compared with the one that its own tokens alone
+// demand.
 #include <gtest/gtest.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -46,6 +48,9 @@ struct Tally {
   int64_t copies = 0;
   int64_t cached_tokens = 0;
   int64_t riding = 0;  // decode rows in bulk passes
+  int64_t device_steps = 0;
+  int64_t mixed_passes = 0;  // with sequences of both pools
+  int64_t pool_changes = 0;  // a sequence that started again in the other pool
 };
 
 class Simulation {
@@ -79,6 +84,7 @@ class Simulation {
     EXPECT_EQ(scheduler_.stats().num_waiting, 0);
     EXPECT_EQ(engine_.num_alive(), 0);
     for (const auto& [id, client] : clients_) EXPECT_EQ(client.num_open, 0) << "request " << id << " has not ended";
+    tally_.pool_changes += num_pool_changes_;
     tally_.preemptions += scheduler_.stats().num_preemptions;
     tally_.copies += engine_.num_blocks_copied();
   }
@@ -102,8 +108,13 @@ class Simulation {
   World draw_world() {
     World world;
     const int32_t block_tokens = 1 << between(0, 4);
+    const auto kv = static_cast<KvPlacement>(between(0, 2));
+    const int32_t num_blocks = between(6, 160);
+    const int32_t device_blocks = between(6, kv == KvPlacement::kSplit ? 60 : 160);
     world.config = {.block_tokens = block_tokens,
-                    .num_blocks = between(6, 160),
+                    .num_blocks = kv == KvPlacement::kDevice ? 0 : num_blocks,
+                    .device_blocks = kv == KvPlacement::kHost ? 0 : device_blocks,
+                    .kv = kv,
                     .pass_rows_max = between(2, 64),
                     .sequences_max = between(1, 24),
                     .queue_max = between(1, 40),
@@ -113,7 +124,8 @@ class Simulation {
                     .prefix_cache = chance(75)};
     world.model = StepModel(between(0, 100), between(0, 10), 0.001 * between(0, 10));
     world.num_layers = between(1, 4);
-    const auto pool_tokens = static_cast<int32_t>(world.config.num_blocks) * block_tokens;
+    const auto pool_tokens =
+        static_cast<int32_t>(std::max(world.config.num_blocks, world.config.device_blocks)) * block_tokens;
     world.prompt_max = std::min(between(1, 150), pool_tokens);
     world.new_tokens_max = std::min(between(1, 60), pool_tokens);
     world.arrival_percent = between(5, 90);
@@ -213,10 +225,28 @@ class Simulation {
     if (steps.empty()) return false;
     for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(copy.pool, copy.from, copy.to);
     for (const StepSequence& step : steps) tally_.riding += kind == PassKind::kBulk && step.num_new == 1 ? 1 : 0;
+    count_pools(steps);
     EXPECT_LE(scheduler_.shape(kind).num_rows, world_.config.pass_rows_max);
     pass(kind) = engine_.begin(steps, StepPlan());
     ++tally_.events;
     return true;
+  }
+
+  void count_pools(std::span<const StepSequence> steps) {
+    std::array<int64_t, 2> num_steps{};
+    for (const StepSequence& step : steps) {
+      ++num_steps[static_cast<size_t>(step.pool)];
+      const auto [known, is_new] = pool_of_.emplace(step.id, step.pool);
+      if (is_new || known->second == step.pool) continue;
+      known->second = step.pool;
+      // Only who was preempted may move.
+      EXPECT_LE(++num_pool_changes_, scheduler_.stats().num_preemptions);
+    }
+    const auto [num_host, num_device] = num_steps;
+    EXPECT_TRUE(num_device == 0 || world_.config.kv != KvPlacement::kHost);
+    EXPECT_TRUE(num_host == 0 || world_.config.kv != KvPlacement::kDevice);
+    tally_.device_steps += num_device;
+    tally_.mixed_passes += num_host > 0 && num_device > 0 ? 1 : 0;
   }
 
   void advance(PassKind kind) {
@@ -289,6 +319,8 @@ class Simulation {
   RequestId last_id_ = 0;
   std::map<RequestId, Client> clients_;
   std::vector<RequestId> open_;
+  std::map<SequenceId, Pool> pool_of_;
+  int64_t num_pool_changes_ = 0;
 };
 
 // A broken invariant ends the process before gtest can tell which world it was: the handler says so. All of it is safe
@@ -348,17 +380,21 @@ TEST(SchedulerSimulation, AMillionEvents) {
   }
   std::printf(
       "%lld worlds, %lld events: %lld requests, %lld refused, %lld tokens, cancels %lld queued %lld running %lld in "
-      "passes, %lld preemptions, %lld block copies, %lld cached tokens, %lld rows rode in bulk passes\n",
+      "passes, %lld preemptions, %lld block copies, %lld cached tokens, %lld rows rode in bulk passes; %lld steps on "
+      "the "
+      "device, %lld passes with both pools, %lld moved\n",
       static_cast<long long>(worlds), static_cast<long long>(tally.events), static_cast<long long>(tally.requests),
       static_cast<long long>(tally.refusals), static_cast<long long>(tally.tokens),
       static_cast<long long>(tally.cancels_queued), static_cast<long long>(tally.cancels_running),
       static_cast<long long>(tally.cancels_live), static_cast<long long>(tally.preemptions),
       static_cast<long long>(tally.copies), static_cast<long long>(tally.cached_tokens),
-      static_cast<long long>(tally.riding));
+      static_cast<long long>(tally.riding), static_cast<long long>(tally.device_steps),
+      static_cast<long long>(tally.mixed_passes), static_cast<long long>(tally.pool_changes));
   if (tally.events < kEventsWanted) return;
   // Every path must have been walked often, or the million means little.
-  for (const int64_t count : {tally.refusals, tally.cancels_queued, tally.cancels_running, tally.cancels_live,
-                              tally.preemptions, tally.copies, tally.cached_tokens, tally.riding}) {
+  for (const int64_t count :
+       {tally.refusals, tally.cancels_queued, tally.cancels_running, tally.cancels_live, tally.preemptions,
+        tally.copies, tally.cached_tokens, tally.riding, tally.device_steps, tally.mixed_passes, tally.pool_changes}) {
     EXPECT_GT(count, 1000);
   }
 }
