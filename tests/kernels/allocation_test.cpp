@@ -44,10 +44,15 @@ TEST(Allocation, OpsTakeNothingAfterReserve) {
   std::vector<Bf16> scratch(100 * 64);
   std::vector<int32_t> pairs(100);
   for (int32_t i = 0; i < 100; ++i) pairs[i] = i;
-  const ExpertWork work = {{reinterpret_cast<const std::byte*>(w.data()), {BlobFormat::kBf16, 64, 64}}, pairs};
+  const std::byte* blob = reinterpret_cast<const std::byte*>(w.data());
+  const int32_t offsets[] = {0, 100};
   ExpertFfn ffn;
   ffn.x = Matrix<const Bf16>(x.data(), 100, 64);
-  ffn.works = {&work, 1};
+  ffn.shape = {BlobFormat::kBf16, 64, 64};
+  ffn.blobs = {&blob, 1};
+  ffn.offsets = offsets;
+  ffn.pairs = pairs.data();
+  ffn.pairs_max = 100;
   ffn.scratch = Matrix<Bf16>(scratch.data(), 100, 64);
   ffn.y = Matrix<float>(y.data(), 100, 64);
   const cases::PagedKv kv = cases::make_kv({4, 2, 16, {{900, 1}, {0, 99}}}, 2);
@@ -67,12 +72,24 @@ TEST(Allocation, OpsTakeNothingAfterReserve) {
   route.top_k = 2;
   route.experts = Matrix<int32_t>(experts.data(), 100, 2);
   route.weights = Matrix<float>(weights.data(), 100, 2);
+  Group group;
+  group.experts = route.experts;
+  group.num_experts = 8;
+  group.choices = 2;
+  std::vector<int32_t> group_offsets(9);
+  std::vector<int32_t> group_pairs(200);
+  group.offsets = group_offsets.data();
+  group.pairs = group_pairs.data();
+  const auto sliced = device->make_host_attention();
 
   const int64_t before = allocations.load();
   ops.linear({x.data(), 100, 64}, {w.data(), nullptr, 64, 192}, false, {y.data(), 100, 192}, *stream);
   ops.expert_ffn(ffn, *stream);
   ops.attention(attention, *stream);
   ops.route(route, *stream);
+  ops.group(group, *stream);
+  sliced->begin(attention);
+  while (!sliced->done()) sliced->run(50.0);
   EXPECT_EQ(allocations.load(), before);
 }
 

@@ -81,9 +81,14 @@ void expert_ffn(benchmark::State& state, const std::string& isa, const cases::Ff
   const Buffer weights = random_weights(*host.device, layers * c.experts * shape.bytes());
   cases::Random random(3);
   const std::vector<Bf16> x = random.bf16s(int64_t{c.rows} * c.hidden);
-  std::vector<std::vector<int32_t>> pairs(c.experts);
-  for (int32_t pair = 0; pair < c.rows * c.choices; ++pair) {
-    pairs[(pair / c.choices * 7 + pair % c.choices) % c.experts].push_back(pair);
+  const int32_t num_pairs = c.rows * c.choices;
+  std::vector<int32_t> offsets;
+  std::vector<int32_t> pairs;
+  for (int32_t expert = 0; expert <= c.experts; ++expert) {
+    offsets.push_back(static_cast<int32_t>(pairs.size()));
+    for (int32_t pair = 0; pair < num_pairs; ++pair) {
+      if ((pair / c.choices * 7 + pair % c.choices) % c.experts == expert) pairs.push_back(pair);
+    }
   }
   std::vector<Bf16> scratch(int64_t{c.rows} * c.choices * c.intermediate);
   std::vector<float> y(int64_t{c.rows} * c.choices * c.hidden);
@@ -92,17 +97,19 @@ void expert_ffn(benchmark::State& state, const std::string& isa, const cases::Ff
   args.choices = c.choices;
   args.scratch = Matrix<Bf16>(scratch.data(), c.rows * c.choices, c.intermediate);
   args.y = Matrix<float>(y.data(), c.rows * c.choices, c.hidden);
-  std::vector<ExpertWork> works;
+  args.shape = shape;
+  args.offsets = offsets.data();
+  args.pairs = pairs.data();
+  args.pairs_max = num_pairs;
+  std::vector<const std::byte*> blobs(c.experts);
+  args.blobs = blobs;
   int64_t layer = 0;
   int64_t bytes = 0;
   for (auto _ : state) {
-    works.clear();
     for (int32_t expert = 0; expert < c.experts; ++expert) {
-      if (pairs[expert].empty()) continue;
-      works.push_back({{weights.data() + (layer * c.experts + expert) * shape.bytes(), shape}, pairs[expert]});
-      bytes += shape.bytes();
+      blobs[expert] = weights.data() + (layer * c.experts + expert) * shape.bytes();
+      if (offsets[expert + 1] > offsets[expert]) bytes += shape.bytes();
     }
-    args.works = works;
     layer = (layer + 1) % layers;
     host.device->ops().expert_ffn(args, *host.stream);
   }

@@ -7,9 +7,7 @@
 #include <cstring>
 #include <numbers>
 
-#include "tests/kernels/cases.h"
-#include "tests/kernels/reference.h"
-#include "tests/kernels/staged_ops.h"
+#include "tests/kernels/ops_fixture.h"
 
 namespace moed {
 namespace {
@@ -18,58 +16,6 @@ using cases::Random;
 using reference::kEpsBf16;
 using reference::kEpsFloat;
 using reference::tolerance;
-
-constexpr int32_t kRowsMax = 600;
-
-struct OpsDevice {
-  std::string device;
-  std::string isa;
-};
-
-std::vector<OpsDevice> ops_devices() {
-  std::vector<OpsDevice> devices;
-  for (const char* device : {"cpu", "emulated"}) {
-    for (const std::string& isa : cases::supported_isas()) devices.push_back({device, isa});
-  }
-  return devices;
-}
-
-// Every op on every device and every ISA that this CPU has, against the references in double.
-class OpsTest : public testing::TestWithParam<OpsDevice> {
- protected:
-  void SetUp() override {
-    auto device = open_device(GetParam().device, {.num_threads = 2, .deterministic = false, .isa = GetParam().isa});
-    ASSERT_TRUE(device.ok()) << device.status().message();
-    device_ = std::move(*device);
-    stream_ = device_->make_stream();
-    staged_ = std::make_unique<StagedOps>(*device_);
-    ASSERT_TRUE(device_->ops().reserve(cases::limits_for(kRowsMax)).ok());
-  }
-  // On a device with memory of its own, ops that carry their arguments there and back.
-  Ops& ops() { return device_->is_host() ? device_->ops() : *staged_; }
-
-  std::unique_ptr<Device> device_;
-  std::unique_ptr<Stream> stream_;
-  std::unique_ptr<StagedOps> staged_;
-};
-
-template <class T>
-void expect_close(const T* got, const std::vector<double>& wanted, const std::vector<double>& tolerances) {
-  for (size_t i = 0; i < wanted.size(); ++i) {
-    const double value = static_cast<float>(got[i]);
-    ASSERT_LE(std::abs(value - wanted[i]), tolerances[i])
-        << "at " << i << ": got " << value << ", wanted " << wanted[i];
-  }
-}
-
-// Error of one rounding to bf16 beside a relative error of a few fp32 operations.
-std::vector<double> bf16_tolerances(const std::vector<double>& wanted) {
-  std::vector<double> out;
-  for (const double value : wanted) {
-    out.push_back(tolerance(kEpsBf16, 0.25, std::abs(value)) + tolerance(kEpsFloat, 64, std::abs(value)) + 1e-12);
-  }
-  return out;
-}
 
 TEST_P(OpsTest, LinearMatchesDouble) {
   for (const cases::LinearCase& c : cases::kLinear) {
@@ -223,32 +169,6 @@ TEST_P(OpsTest, RopeAppendMatchesDouble) {
   }
 }
 
-struct AttentionSetup {
-  cases::PagedKv kv;
-  std::vector<Bf16> q;
-  std::vector<AttentionSpan> spans;
-  std::vector<Bf16> out;
-  Attention args;
-  int32_t rows = 0;
-
-  AttentionSetup(const cases::AttentionCase& c, uint32_t seed) : kv(cases::make_kv(c, seed)) {
-    for (size_t i = 0; i < c.spans.size(); ++i) {
-      spans.push_back({rows, c.spans[i].second, c.spans[i].first, kv.blocks[i].data()});
-      rows += c.spans[i].second;
-    }
-    Random random(seed + 1);
-    const int32_t width = c.num_heads * c.head_dim;
-    q = random.bf16s(int64_t{rows} * width);
-    out.resize(q.size());
-    args.q = Matrix<const Bf16>(q.data(), rows, width);
-    args.num_heads = c.num_heads;
-    args.kv = kv.layer;
-    args.spans = spans;
-    args.scale = 1.0F / std::sqrt(static_cast<float>(c.head_dim)) / 8.0F;
-    args.out = Matrix<Bf16>(out.data(), rows, width);
-  }
-};
-
 TEST_P(OpsTest, AttentionMatchesDouble) {
   for (const cases::AttentionCase& c : cases::attention_cases()) {
     SCOPED_TRACE(testing::Message() << c.num_heads << "/" << c.num_kv_heads << " heads of " << c.head_dim);
@@ -328,92 +248,7 @@ TEST_P(OpsTest, RouteTiesGoToTheLowerExpert) {
   for (const float weight : weights) EXPECT_NEAR(weight, 1.0F / 3.0F, 1e-6F);
 }
 
-struct FfnSetup {
-  std::vector<std::vector<Bf16>> blobs;
-  std::vector<Bf16> x;
-  std::vector<std::vector<int32_t>> pairs;
-  std::vector<ExpertWork> works;
-  std::vector<Bf16> scratch;
-  std::vector<float> y;
-  ExpertFfn args;
-
-  FfnSetup(const cases::FfnCase& c, uint32_t seed) : pairs(c.experts) {
-    Random random(seed);
-    const BlobShape shape{BlobFormat::kBf16, c.hidden, c.intermediate};
-    x = random.bf16s(int64_t{c.rows} * c.hidden);
-    for (int32_t pair = 0; pair < c.rows * c.choices; ++pair) {
-      const int32_t row = pair / c.choices;
-      pairs[(row * 7 + pair % c.choices) % c.experts].push_back(pair);
-    }
-    for (int32_t expert = 0; expert < c.experts; ++expert) {
-      const float scale = 1.0F / std::sqrt(static_cast<float>(c.hidden));
-      blobs.push_back(random.bf16s(shape.bytes() / 2, scale));
-      works.push_back({{reinterpret_cast<const std::byte*>(blobs.back().data()), shape}, pairs[expert]});
-    }
-    scratch.resize(int64_t{c.rows} * c.choices * c.intermediate);
-    y.resize(int64_t{c.rows} * c.choices * c.hidden);
-    args.x = Matrix<const Bf16>(x.data(), c.rows, c.hidden);
-    args.works = works;
-    args.choices = c.choices;
-    args.scratch = Matrix<Bf16>(scratch.data(), c.rows * c.choices, c.intermediate);
-    args.y = Matrix<float>(y.data(), c.rows * c.choices, c.hidden);
-  }
-};
-
-TEST_P(OpsTest, ExpertFfnMatchesDouble) {
-  for (const cases::FfnCase& c : cases::kFfn) {
-    SCOPED_TRACE(testing::Message() << c.rows << " rows, " << c.hidden << " x " << c.intermediate);
-    FfnSetup setup(c, 9);
-    ops().expert_ffn(setup.args, *stream_);
-    for (const ExpertWork& work : setup.works) {
-      for (const int32_t pair : work.pairs) {
-        const reference::Checked wanted = reference::ffn(setup.args.x.row(pair / c.choices), work.weights);
-        std::vector<double> tolerances;
-        // The product of gate and up is rounded to bf16 once: each term of down is off by up to 2^-8 of itself.
-        for (const double norm : wanted.norm) {
-          tolerances.push_back(tolerance(kEpsBf16, 1, norm) + tolerance(kEpsFloat, c.intermediate + c.hidden, norm) +
-                               1e-4 * norm);
-        }
-        expect_close(setup.args.y.row(pair), wanted.value, tolerances);
-      }
-    }
-  }
-}
-
-TEST_P(OpsTest, CombineAddsInOrder) {
-  constexpr int32_t kRows = 7;
-  constexpr int32_t kHidden = 129;
-  constexpr int32_t kChoices = 3;
-  Random random(2);
-  const std::vector<float> y = random.floats(kRows * kChoices * kHidden);
-  const std::vector<float> weights = random.floats(kRows * kChoices);
-  const std::vector<float> before = random.floats(kRows * kHidden);
-  for (const bool weighted : {true, false}) {
-    std::vector<float> residual = before;
-    Combine args;
-    args.y = Matrix<const float>(y.data(), kRows * kChoices, kHidden);
-    if (weighted) args.weights = Matrix<const float>(weights.data(), kRows, kChoices);
-    args.choices = kChoices;
-    args.residual = Matrix<float>(residual.data(), kRows, kHidden);
-    ops().combine(args, *stream_);
-    for (int row = 0; row < kRows; ++row) {
-      for (int i = 0; i < kHidden; ++i) {
-        double wanted = before[row * kHidden + i];
-        double norm = std::abs(wanted);
-        for (int choice = 0; choice < kChoices; ++choice) {
-          const double term =
-              double{weighted ? weights[row * kChoices + choice] : 1.0F} * y[(row * kChoices + choice) * kHidden + i];
-          wanted += term;
-          norm += std::abs(term);
-        }
-        ASSERT_NEAR(residual[row * kHidden + i], wanted, tolerance(kEpsFloat, kChoices + 1, norm));
-      }
-    }
-  }
-}
-
-INSTANTIATE_TEST_SUITE_P(Devices, OpsTest, testing::ValuesIn(ops_devices()),
-                         [](const auto& param_info) { return param_info.param.device + "_" + param_info.param.isa; });
+INSTANTIATE_TEST_SUITE_P(Devices, OpsTest, testing::ValuesIn(ops_devices()), OpsDeviceName());
 
 // The same bits for a row whatever stands beside it and however many threads there are.
 class InvarianceTest : public testing::TestWithParam<std::tuple<std::string, int>> {
@@ -482,19 +317,40 @@ TEST_P(InvarianceTest, ExpertRows) {
     device_->ops().expert_ffn(setup.args, *stream_);
     std::vector<float> alone(c.choices * c.hidden);
     std::vector<Bf16> scratch(c.intermediate);
-    for (const ExpertWork& work : setup.works) {
-      for (const int32_t pair : work.pairs) {
+    const int32_t offsets[] = {0, 1};
+    for (int32_t expert = 0; expert < c.experts; ++expert) {
+      for (int32_t i = setup.offsets[expert]; i < setup.offsets[expert + 1]; ++i) {
+        const int32_t pair = setup.pairs[i];
         const int32_t own = pair % c.choices;
-        const ExpertWork one = {work.weights, {&own, 1}};
         ExpertFfn args = setup.args;
         args.x = setup.args.x.slice(pair / c.choices, 1);
-        args.works = {&one, 1};
+        args.blobs = {&setup.blobs[expert], 1};
+        args.offsets = offsets;
+        args.pairs = &own;
+        args.pairs_max = 1;
         args.scratch = Matrix<Bf16>(scratch.data(), 1, c.intermediate);
         args.y = Matrix<float>(alone.data(), c.choices, c.hidden);
         alone_device_->ops().expert_ffn(args, *stream_);
         ASSERT_EQ(0, std::memcmp(args.y.row(own), setup.args.y.row(pair), c.hidden * sizeof(float))) << "pair " << pair;
       }
     }
+  }
+}
+
+// Experts may be split over calls in any way.
+TEST_P(InvarianceTest, ExpertsOverCalls) {
+  for (const cases::FfnCase& c : cases::kFfn) {
+    FfnSetup together(c, 11);
+    FfnSetup apart(c, 11);
+    device_->ops().expert_ffn(together.args, *stream_);
+    for (int32_t part = 2; part >= 0; --part) {
+      std::vector<const std::byte*> some(c.experts);
+      for (int32_t expert = part; expert < c.experts; expert += 3) some[expert] = apart.blobs[expert];
+      apart.args.blobs = some;
+      device_->ops().expert_ffn(apart.args, *stream_);
+    }
+    EXPECT_TRUE(apart.y == together.y);
+    EXPECT_EQ(0, std::memcmp(apart.scratch.data(), together.scratch.data(), together.scratch.size() * sizeof(Bf16)));
   }
 }
 

@@ -1,0 +1,160 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "base/bf16.h"
+#include "tests/kernels/cuda_shim/cuda_on_host.h"
+
+// The host side of kernels/cuda/nvcc/cuda_port.cuh, and as much of CUDA's language as the kernels speak.
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define threadIdx (::moed::cuda_on_host::lane().thread)
+#define blockIdx (::moed::cuda_on_host::block().index)
+#define blockDim (::moed::cuda_on_host::block().threads)
+#define gridDim (::moed::cuda_on_host::block().blocks)
+
+#define MOED_SHARED(type, name, count)    \
+  static constexpr char name##_key = 0;   \
+  type* const name = reinterpret_cast<type*>( \
+      ::moed::cuda_on_host::shared_array(&name##_key, static_cast<int64_t>(sizeof(type)) * (count)))
+#define MOED_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::moed::cuda_on_host::dynamic_shared())
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+using dim3 = ::moed::cuda_on_host::Extent;
+using std::source_location;
+
+inline void __syncthreads(const source_location& at = source_location::current()) {
+  ::moed::cuda_on_host::meet_block(at);
+}
+inline void __syncwarp(unsigned = ~0U, const source_location& at = source_location::current()) {
+  ::moed::cuda_on_host::meet_warp(at);
+}
+template <class T>
+T moed_exchange(T value, unsigned from, const source_location& at) {
+  ::moed::cuda_on_host::show(&value, sizeof value, at);
+  std::memcpy(&value, ::moed::cuda_on_host::peek(from), sizeof value);
+  return value;
+}
+template <class T>
+T __shfl_sync(unsigned, T value, int from, const source_location& at = source_location::current()) {
+  return moed_exchange(value, static_cast<unsigned>(from) % 32, at);
+}
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int mask, const source_location& at = source_location::current()) {
+  return moed_exchange(value, ::moed::cuda_on_host::lane().in_warp ^ static_cast<unsigned>(mask), at);
+}
+template <class T>
+T __shfl_up_sync(unsigned, T value, unsigned delta, const source_location& at = source_location::current()) {
+  const unsigned me = ::moed::cuda_on_host::lane().in_warp;
+  return moed_exchange(value, me < delta ? me : me - delta, at);
+}
+inline unsigned __ballot_sync(unsigned, bool vote, const source_location& at = source_location::current()) {
+  ::moed::cuda_on_host::show(&vote, sizeof vote, at);
+  unsigned votes = 0;
+  for (unsigned i = 0; i < 32; ++i) votes |= static_cast<unsigned>(*::moed::cuda_on_host::peek(i)) << i;
+  return votes;
+}
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+
+namespace moed::cuda {
+
+constexpr unsigned kWarp = 0xffffffffU;
+
+template <class T>
+T load_as(const void* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+inline uint4 load_16(const void* from) { return load_as<uint4>(from); }
+inline uint4 load_16_streamed(const void* from) { return load_as<uint4>(from); }
+inline uint32_t load_4(const void* from) { return load_as<uint32_t>(from); }
+inline void store_16(void* to, uint4 v) { std::memcpy(to, &v, sizeof v); }
+
+inline void copy_async_16(void* shared, const void* global, int bytes) {
+  cuda_on_host::copy_async(shared, global, bytes);
+}
+inline void copy_async_commit() { cuda_on_host::commit_copies(); }
+template <int kGroups>
+void copy_async_wait(const source_location& at = source_location::current()) {
+  cuda_on_host::wait_for_copies(kGroups, at);
+}
+
+inline float from_bf16(uint16_t bits) {
+  Bf16 x;
+  x.bits = bits;
+  return static_cast<float>(x);
+}
+inline uint16_t to_bf16(float x) { return Bf16(x).bits; }
+
+// What every lane shows of its part of a product.
+struct Fragments {
+  uint32_t a[4];
+  uint32_t b[2];
+};
+
+inline float half_of(uint32_t word, unsigned half) { return from_bf16(static_cast<uint16_t>(word >> (16 * half))); }
+
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         const source_location& at = source_location::current()) {
+  Fragments mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  cuda_on_host::show(&mine, sizeof mine, at);
+  const unsigned me = cuda_on_host::lane().in_warp;
+  for (unsigned i = 0; i < 4; ++i) {
+    const unsigned row = me / 4 + i / 2 * 8;
+    const unsigned column = me % 4 * 2 + i % 2;
+    for (unsigned k = 0; k < 16; ++k) {
+      const auto rows = load_as<Fragments>(cuda_on_host::peek(row % 8 * 4 + k % 8 / 2));
+      const auto columns = load_as<Fragments>(cuda_on_host::peek(column * 4 + k % 8 / 2));
+      d[i] += half_of(rows.a[row / 8 + k / 8 * 2], k % 2) * half_of(columns.b[k / 8], k % 2);
+    }
+  }
+}
+
+inline void load_matrices_at(uint32_t (&r)[4], const void* shared_row, bool transposed, const source_location& at) {
+  cuda_on_host::show(&shared_row, sizeof shared_row, at);
+  const unsigned me = cuda_on_host::lane().in_warp;
+  for (unsigned i = 0; i < 4; ++i) {
+    r[i] = 0;
+    for (unsigned half = 0; half < 2; ++half) {
+      const unsigned row = transposed ? me % 4 * 2 + half : me / 4;
+      const unsigned column = transposed ? me / 4 : me % 4 * 2 + half;
+      const auto* begin = load_as<const std::byte*>(cuda_on_host::peek(i * 8 + row));
+      r[i] |= static_cast<uint32_t>(load_as<uint16_t>(begin + 2 * column)) << (16 * half);
+    }
+  }
+}
+inline void load_matrices(uint32_t (&r)[4], const void* shared_row,
+                          const source_location& at = source_location::current()) {
+  load_matrices_at(r, shared_row, false, at);
+}
+inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row,
+                                     const source_location& at = source_location::current()) {
+  load_matrices_at(r, shared_row, true, at);
+}
+
+template <class... P, class... A>
+void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, void* /*stream*/, const A&... args) {
+  cuda_on_host::run_grid({grid, block, shared_bytes}, [&] { kernel(args...); });
+}
+
+}  // namespace moed::cuda
