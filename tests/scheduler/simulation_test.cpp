@@ -108,7 +108,7 @@ class Simulation {
   World draw_world() {
     World world;
     const int32_t block_tokens = 1 << between(0, 4);
-    const auto kv = static_cast<KvPlacement>(between(0, 2));
+    const auto kv = static_cast<KvPlacement>(std::min(between(0, 3), 2));  // half of them split
     const int32_t num_blocks = between(6, 160);
     const int32_t device_blocks = between(6, kv == KvPlacement::kSplit ? 60 : 160);
     world.config = {.block_tokens = block_tokens,
