@@ -11,13 +11,16 @@ namespace moed {
 namespace {
 
 constexpr int kStreams = 3;
+constexpr int kHostLane = kStreams;  // in place of a stream
 constexpr int kBuffers = 6;
+constexpr int kMapped = 3;  // of them, which the host lane uses
 constexpr int kSteps = 40;
 constexpr int32_t kRows = 3;
 constexpr int32_t kCols = 5;
 constexpr int64_t kBytes = int64_t{kRows} * kCols * int64_t{sizeof(float)};
 
-// buffer[to] += or = buffer[from], on a stream, after the steps in `waits` (events) and `joins` (the host).
+// buffer[to] += or = buffer[from], on a stream or the host lane, after the steps in `waits` (events) and `joins` (the
+// host).
 struct Step {
   int stream = 0;
   int to = 0;
@@ -36,14 +39,15 @@ std::vector<Step> random_steps(std::mt19937_64& random, int forgotten) {
   const auto below = [&](int limit) { return static_cast<int>(random() % limit); };
   for (int i = 0; i < kSteps; ++i) {
     Step& step = steps[i];
-    step.stream = below(kStreams);
-    step.to = below(kBuffers);
-    step.from = (step.to + 1 + below(kBuffers - 1)) % kBuffers;
+    step.stream = below(kStreams + 1);
+    const int reach = step.stream == kHostLane ? kMapped : kBuffers;
+    step.to = below(reach);
+    step.from = (step.to + 1 + below(reach - 1)) % reach;
     step.adds = below(3) != 0;
     for (int j = 0; j < i; ++j) {
       if (steps[j].stream == step.stream || !conflict(steps[j], step)) continue;
       if (forgotten > 0 && below(forgotten) == 0) continue;
-      (below(8) == 0 ? step.joins : step.waits).push_back(j);
+      (step.stream == kHostLane || below(8) == 0 ? step.joins : step.waits).push_back(j);
     }
   }
   return steps;
@@ -67,6 +71,8 @@ bool all_ordered(const std::vector<Step>& steps) {
     for (int j = 0; j < i; ++j) {
       if (conflict(steps[j], steps[i]) && !before[i][j]) return false;
     }
+    // What the host has done comes before all that follows.
+    if (steps[i].stream == kHostLane) follow(host, i);
   }
   return true;
 }
@@ -100,7 +106,7 @@ std::vector<std::vector<float>> on_the_device(const std::vector<Step>& steps, ui
   for (int i = 0; i < kStreams; ++i) streams.push_back(device->make_stream());
   for (int i = 0; i <= kSteps; ++i) events.push_back(device->make_event());
   for (int i = 0; i < kBuffers; ++i) {
-    buffers.push_back(device->allocate(kBytes, Memory::kDevice).value());
+    buffers.push_back(device->allocate(kBytes, i < kMapped ? Memory::kMapped : Memory::kDevice).value());
     streams[0]->copy(buffers[i].data(), values[i].data(), kBytes);
   }
   streams[0]->record(*events[kSteps]);
@@ -108,14 +114,15 @@ std::vector<std::vector<float>> on_the_device(const std::vector<Step>& steps, ui
   const auto matrix = [&](int buffer) { return Matrix<float>(buffers[buffer].as<float>(), kRows, kCols); };
   for (int i = 0; i < kSteps; ++i) {
     const Step& step = steps[i];
-    Stream& stream = *streams[step.stream];
+    const bool on_host = step.stream == kHostLane;
+    Stream& stream = on_host ? device->host_stream() : *streams[step.stream];
     for (const int j : step.joins) EXPECT_TRUE(events[j]->join().ok());
     for (const int j : step.waits) stream.wait(*events[j]);
     if (step.adds) {
       Combine args;
       args.y = matrix(step.from);
       args.residual = matrix(step.to);
-      device->ops().combine(args, stream);
+      (on_host ? device->host_ops() : device->ops()).combine(args, stream);
     } else {
       stream.copy(buffers[step.to].data(), buffers[step.from].data(), kBytes);
     }
