@@ -81,7 +81,7 @@ int64_t activation_bytes(const ModelConfig& config, const BudgetLimits& limits, 
   return kNumPasses * pass_bytes + context_tokens * config.rope.rotary_dim * kFloatBytes;
 }
 
-Status check_limits(const ModelConfig& config, const BudgetLimits& limits) {
+Status check_limits(const ModelConfig& config, const BudgetLimits& limits, const MachineMemory& machine) {
   if (!(limits.kv_gib >= 0.0)) return invalid_argument("kv_gib must not be negative or NaN", "kv_gib");
   if (limits.pass_rows_max < 1) return invalid_argument("pass_rows_max must be at least 1", "pass_rows_max");
   if (limits.sequences_max < 1) return invalid_argument("sequences_max must be at least 1", "sequences_max");
@@ -92,11 +92,71 @@ Status check_limits(const ModelConfig& config, const BudgetLimits& limits) {
                                 std::to_string(config.max_positions) + " (max_position_embeddings)",
                             "max_model_len");
   }
+  if (!(limits.device_kv_gib >= 0.0)) {
+    return invalid_argument("memory.device_kv_gib must not be negative or NaN", "memory.device_kv_gib");
+  }
+  if (machine.device_bytes == 0 && (limits.experts_on_device || limits.kv != KvPlacement::kHost)) {
+    return invalid_argument("neither experts nor KV can lie on a device without memory of its own", "placement.policy");
+  }
   return Status();
 }
 
 Status too_small(const MemoryBudget& budget, const std::string& why) {
   return Status(StatusCode::kResourceExhausted, "not enough memory" + why + ": " + budget.describe());
+}
+
+int64_t blocks_of(int64_t tokens, const BudgetLimits& limits) {
+  return (tokens + limits.block_tokens - 1) / limits.block_tokens;
+}
+
+// KV of pool kHost, when all else is known.
+Status give_host_kv(const ModelConfig& config, const BudgetLimits& limits, int64_t context_tokens, int64_t context_min,
+                    MemoryBudget& budget) {
+  const int64_t block_bytes = config.kv_bytes_per_token() * limits.block_tokens;
+  const int64_t reserve = std::max(kReserveBytes, budget.free_bytes / kReserveShare);
+  if (limits.kv_gib > 0.0) {
+    // Beyond any machine, but safe to multiply.
+    const double kv_gib = std::min(limits.kv_gib, 1e6);
+    budget.kv_blocks = static_cast<int64_t>(kv_gib * static_cast<double>(kGiB)) / block_bytes;
+  } else {
+    const int64_t left = budget.free_bytes - budget.total_bytes() - reserve;
+    const int64_t contexts = std::min<int64_t>(limits.sequences_max, kContextsDefault);
+    budget.kv_blocks = std::clamp<int64_t>(left / block_bytes, 0, contexts * blocks_of(context_tokens, limits));
+  }
+  budget.kv_bytes = budget.kv_blocks * block_bytes;
+  const int64_t kv_tokens = budget.kv_blocks * limits.block_tokens;
+  if (kv_tokens >= context_min) return budget.total_bytes() > budget.free_bytes ? too_small(budget, "") : Status();
+  const int64_t context_blocks = blocks_of(context_min, limits);
+  if (limits.kv_gib > 0.0) {
+    const auto context_gib = static_cast<double>(context_blocks * block_bytes) / static_cast<double>(kGiB);
+    return invalid_argument("kv_gib " + std::to_string(limits.kv_gib) + " holds " + std::to_string(kv_tokens) +
+                                " tokens; one context of " + std::to_string(context_min) + " needs " +
+                                std::to_string(context_gib) + " GiB",
+                            "kv_gib");
+  }
+  budget.kv_bytes = context_blocks * block_bytes;
+  budget.kv_blocks = context_blocks;
+  return too_small(budget, " for one context of " + std::to_string(context_min) + " tokens, with " + gib(reserve) +
+                               " GiB left to the machine");
+}
+
+DeviceDemand device_demand(const ModelConfig& config, const BudgetLimits& limits, const MemoryBudget& budget,
+                           int64_t context_tokens, int64_t context_min) {
+  const int64_t num_experts = num_routed_experts(config);
+  return {.dense_weight_bytes = budget.dense_weight_bytes,
+          .activation_bytes = budget.activation_bytes,
+          .block_bytes = config.kv_bytes_per_token() * limits.block_tokens,
+          .context_blocks = blocks_of(context_tokens, limits),
+          .useful_blocks = blocks_of(context_min, limits),
+          .contexts_max = std::min<int64_t>(limits.sequences_max, kContextsDefault),
+          .kv = limits.kv,
+          .kv_gib = limits.device_kv_gib,
+          .expert_bytes = num_experts > 0 ? budget.expert_weight_bytes / num_experts : 0,
+          .num_experts = limits.experts_on_device ? num_experts : 0,
+          .all_resident = limits.all_experts_resident,
+          .num_resident = limits.num_resident,
+          .passing_slots = limits.passing_slots,
+          .ring_slots = limits.ring_slots};
 }
 
 }  // namespace
@@ -117,53 +177,37 @@ int64_t dense_weight_bytes(const ModelConfig& config) {
 
 int64_t expert_weight_bytes(const ModelConfig& config) {
   const int64_t expert = int64_t{3} * config.moe.intermediate_size * config.hidden_size * kBf16Bytes;
-  const auto num_layers = std::count(config.layers.begin(), config.layers.end(), LayerKind::kMoe);
-  return expert * config.moe.num_experts * num_layers;
+  return expert * num_routed_experts(config);
+}
+
+int64_t num_routed_experts(const ModelConfig& config) {
+  return std::count(config.layers.begin(), config.layers.end(), LayerKind::kMoe) * int64_t{config.moe.num_experts};
 }
 
 StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimits& limits,
                                      const MachineMemory& machine) {
-  MOED_RETURN_IF_ERROR(check_limits(config, limits));
+  MOED_RETURN_IF_ERROR(check_limits(config, limits, machine));
   const int64_t context_tokens = limits.max_model_len > 0 ? limits.max_model_len : config.max_positions;
-  const int64_t block_bytes = config.kv_bytes_per_token() * limits.block_tokens;
-  const int64_t blocks_a_context = (context_tokens + limits.block_tokens - 1) / limits.block_tokens;
+  // What was asked for by name must fit whole; by default, a context that is of use to somebody.
+  const int64_t context_min = limits.max_model_len > 0 ? context_tokens : std::min(context_tokens, kContextMin);
   MemoryBudget budget{.dense_weight_bytes = dense_weight_bytes(config),
                       .expert_weight_bytes = expert_weight_bytes(config),
                       .activation_bytes = activation_bytes(config, limits, context_tokens),
                       .process_bytes = kProcessBytes,
                       .free_bytes = machine.host_free_bytes,
                       .free_source = machine.source};
-  const int64_t reserve = std::max(kReserveBytes, machine.host_free_bytes / kReserveShare);
-  if (limits.kv_gib > 0.0) {
-    // Beyond any machine, but safe to multiply.
-    const double kv_gib = std::min(limits.kv_gib, 1e6);
-    budget.kv_blocks = static_cast<int64_t>(kv_gib * static_cast<double>(kGiB)) / block_bytes;
-  } else {
-    const int64_t left = machine.host_free_bytes - budget.total_bytes() - reserve;
-    budget.kv_blocks = std::clamp<int64_t>(
-        left / block_bytes, 0, std::min<int64_t>(limits.sequences_max, kContextsDefault) * blocks_a_context);
+  if (machine.device_bytes > 0) {
+    const DeviceDemand demand = device_demand(config, limits, budget, context_tokens, context_min);
+    MOED_ASSIGN_OR_RETURN(budget.device, device_budget(demand, machine.device_bytes));
   }
-  budget.kv_bytes = budget.kv_blocks * block_bytes;
-  const int64_t kv_tokens = budget.kv_blocks * limits.block_tokens;
+  if (limits.kv != KvPlacement::kDevice) {
+    MOED_RETURN_IF_ERROR(give_host_kv(config, limits, context_tokens, context_min, budget));
+  } else if (budget.total_bytes() > machine.host_free_bytes) {
+    return too_small(budget, "");
+  }
+  const int64_t kv_tokens = std::max(budget.kv_blocks, budget.device.kv_blocks) * limits.block_tokens;
   budget.max_model_len = static_cast<int32_t>(std::min(context_tokens, kv_tokens));
-
-  // What was asked for by name must fit whole; by default, a context that is of use to somebody.
-  const int64_t context_min = limits.max_model_len > 0 ? context_tokens : std::min(context_tokens, kContextMin);
-  if (kv_tokens >= context_min) {
-    if (budget.total_bytes() > machine.host_free_bytes) return too_small(budget, "");
-    return budget;
-  }
-  const int64_t context_bytes = (context_min + limits.block_tokens - 1) / limits.block_tokens * block_bytes;
-  if (limits.kv_gib > 0.0) {
-    return invalid_argument("kv_gib " + std::to_string(limits.kv_gib) + " holds " + std::to_string(kv_tokens) +
-                                " tokens; one context of " + std::to_string(context_min) + " needs " +
-                                std::to_string(static_cast<double>(context_bytes) / static_cast<double>(kGiB)) + " GiB",
-                            "kv_gib");
-  }
-  budget.kv_bytes = context_bytes;
-  budget.kv_blocks = context_bytes / block_bytes;
-  return too_small(budget, " for one context of " + std::to_string(context_min) + " tokens, with " + gib(reserve) +
-                               " GiB left to the machine");
+  return budget;
 }
 
 }  // namespace moed
