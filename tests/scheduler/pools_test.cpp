@@ -202,8 +202,8 @@ TEST(SchedulerPools, NobodyWaitsForALivePassOfTheOtherPool) {
   config.prefix_cache = false;
   config.reserve_blocks = 0;
   Pools pools(config);
-  const RequestSpec first = make_spec(1, make_prompt(7, 1), 8);
-  const RequestSpec second = make_spec(2, make_prompt(7, 2), 8);
+  const RequestSpec first = make_spec(1, make_prompt(5, 1), 8);
+  const RequestSpec second = make_spec(2, make_prompt(8, 2), 8);
   const RequestSpec longer = make_spec(3, make_prompt(40, 3), 4);
   ASSERT_TRUE(pools.harness.add(first).ok());
   ASSERT_TRUE(pools.harness.add(second).ok());
@@ -213,12 +213,10 @@ TEST(SchedulerPools, NobodyWaitsForALivePassOfTheOtherPool) {
   const auto bulk = pools.harness.begin(kBulk);  // goes after both, and stays live
   ASSERT_EQ(bulk.size(), 1U);
   EXPECT_EQ(bulk[0].pool, Pool::kHost);
-  ASSERT_TRUE(pools.run(kInteractive));
-  EXPECT_EQ(pools.num_preemptions(), 0);
-  ASSERT_TRUE(pools.run(kInteractive));
+  ASSERT_TRUE(pools.run(kInteractive));  // the second needs its third block, and nobody on the device goes after it
   EXPECT_EQ(pools.num_preemptions(), 1);
-  EXPECT_EQ(pools.harness.of(1).tokens.size(), 3U);
-  EXPECT_EQ(pools.harness.of(2).tokens.size(), 2U);
+  EXPECT_EQ(pools.harness.of(1).tokens.size(), 2U);
+  EXPECT_EQ(pools.harness.of(2).tokens.size(), 1U);
   while (pools.harness.advance(kBulk)) {
   }
   pools.harness.commit(kBulk);
@@ -231,6 +229,7 @@ TEST(SchedulerPools, ABlockedHeadStartsWhenEitherPoolHasRoom) {
   for (const SequenceId leaves : {1, 2}) {
     SchedulerConfig config = split_config(8, 8);
     config.reserve_blocks = 0;
+    config.prefix_cache = false;
     Pools pools(config);
     for (int32_t id = 1; id <= 3; ++id) ASSERT_TRUE(pools.harness.add(make_spec(id, make_prompt(29, id), 4)).ok());
     ASSERT_TRUE(pools.run(kBulk));
