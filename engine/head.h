@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "engine/hybrid_engine.h"
 #include "engine/running_pass.h"
 #include "engine/sampler.h"
 #include "model/weights.h"
@@ -17,12 +18,12 @@ class Head {
   // Rows whose logits stand in memory at once.
   static constexpr int32_t kRowsMax = 64;
   // Errors: kResourceExhausted with the bytes asked for.
-  static StatusOr<Head> make(const ModelConfig& model, const DenseWeights& weights, int32_t rows_max, Device& device,
+  static StatusOr<Head> make(const ModelConfig& model, const DenseViews& weights, int32_t rows_max, Device& device,
                              Stream& stream);
   // What make() takes.
-  static int64_t bytes(const ModelConfig& model, int32_t rows_max);
+  static EngineBytes bytes(const ModelConfig& model, int32_t rows_max, bool device_is_host);
 
-  // REQUIRES: all layers have run.
+  // Outputs in the order of begin(). REQUIRES: all layers have run.
   std::vector<SequenceOutput> run(RunningPass& pass);
 
  private:
@@ -33,23 +34,30 @@ class Head {
     const StepSequence* sequence = nullptr;
     int32_t score_of = -1;
   };
+  struct Ordered {
+    const Member* member = nullptr;
+    int32_t row_begin = 0;  // in the pass's buffers
+  };
 
   Head() = default;
+  float* logits() const { return (host_logits_.data() == nullptr ? logits_memory_ : host_logits_).as<float>(); }
   void plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs);
   void compute(const RunningPass& pass, std::span<const Task> tasks);
   void choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs);
 
   const ModelConfig* model_ = nullptr;
-  const DenseWeights* weights_ = nullptr;
+  const DenseViews* weights_ = nullptr;
   Device* device_ = nullptr;
   Ops* ops_ = nullptr;
   Stream* stream_ = nullptr;
   std::unique_ptr<Event> done_;
   Buffer rows_memory_;    // [kRowsMax] row indices, mapped
   Buffer normed_memory_;  // [kRowsMax, hidden] bf16
-  Buffer logits_memory_;  // [kRowsMax, vocab] fp32, mapped
+  Buffer logits_memory_;  // [kRowsMax, vocab] fp32
+  Buffer host_logits_;    // the same in pinned memory; empty where the device is the host, which reads the others
   int32_t rows_max_ = 0;
   int32_t pass_rows_max_ = 0;
+  std::vector<Ordered> members_;
   std::vector<Task> tasks_;
   std::vector<ScoredToken> chosen_;        // of a block of tasks
   std::vector<SamplerScratch> scratches_;  // one a host thread

@@ -4,7 +4,10 @@
 #include <string>
 #include <utility>
 
+#include "engine/device_weights.h"
+#include "engine/expert_tables.h"
 #include "engine/head.h"
+#include "engine/host_lane.h"
 #include "engine/kv_pool.h"
 #include "engine/pipeline.h"
 #include "engine/running_pass.h"
@@ -24,23 +27,30 @@ class HybridEngine : public Engine {
     // What is still enqueued (a copied block, say) may touch what dies here.
     const std::unique_ptr<Event> last = device_.make_event();
     stream_->record(*last);
-    const Status joined = last->join();
-    MOED_CHECK(joined.ok()) << joined.message();
+    check_device(last->join());
   }
 
-  Status prepare(const DenseWeights& weights, const ExpertStore& experts, Device& device) {
-    MOED_RETURN_IF_ERROR(device.ops().reserve(op_limits()));
+  Status prepare(const DenseWeights& weights, const ExpertStore& experts) {
+    MOED_RETURN_IF_ERROR(device_.ops().reserve(op_limits()));
+    if (!device_.is_host()) MOED_RETURN_IF_ERROR(device_.host_ops().reserve(op_limits()));
+    MOED_ASSIGN_OR_RETURN(weights_, held(DeviceWeights::make(weights, device_, *stream_)));
     for (int i = 0; i < kPassesMax; ++i) {
-      MOED_ASSIGN_OR_RETURN(PassBuffers buffers, PassBuffers::allocate(model_, config_, device));
-      slots_.push_back(std::make_unique<PassSlot>(PassSlot{std::move(buffers), StepClock(device, *stream_)}));
+      MOED_ASSIGN_OR_RETURN(PassBuffers buffers, PassBuffers::allocate(model_, config_, device_));
+      slots_.push_back(std::make_unique<PassSlot>(std::move(buffers), device_, *stream_));
     }
-    MOED_ASSIGN_OR_RETURN(KvPool kv, KvPool::make(model_, config_.kv_blocks, config_.block_tokens));
-    kv_ = std::make_unique<KvPool>(std::move(kv));
-    MOED_ASSIGN_OR_RETURN(Head head, Head::make(model_, weights, config_.rows_max, device, *stream_));
-    head_ = std::make_unique<Head>(std::move(head));
-    MOED_RETURN_IF_ERROR(fill_rope(device));
-    const PipelineInputs inputs{model_, weights, experts, *kv_, rope_.as<float>()};
-    pipeline_ = std::make_unique<Pipeline>(inputs, device, *stream_);
+    MOED_RETURN_IF_ERROR(make_pools());
+    MOED_ASSIGN_OR_RETURN(head_, held(Head::make(model_, weights_->views(), config_.rows_max, device_, *stream_)));
+    MOED_RETURN_IF_ERROR(fill_rope());
+    if (config_.ring.num_slots > 0) {
+      MOED_ASSIGN_OR_RETURN(ring_, ExpertRing::make(experts, model_, device_, config_.ring));
+    }
+    MOED_ASSIGN_OR_RETURN(ExpertTables tables, ExpertTables::make(model_, weights_->views(), experts, device_));
+    lane_ = std::make_unique<HostLane>(device_, ring_.get());
+    const MoeInputs ffn{model_, weights_->views(), experts, ring_.get(), config_.ring.num_slots};
+    moe_ = std::make_unique<MoeExecutor>(ffn, std::move(tables), device_, *stream_, *lane_);
+    const PipelineInputs inputs{
+        model_, weights_->views(), {kv_.get(), device_kv_.get(), staging_.get()}, rope_.as<float>()};
+    pipeline_ = std::make_unique<Pipeline>(inputs, device_, *stream_, *lane_, *moe_);
     return {};
   }
 
@@ -61,7 +71,7 @@ class HybridEngine : public Engine {
 
   bool advance(Pass& pass) override { return pipeline_->advance(running(pass)); }
 
-  void drop(Pass& pass, SequenceId id) override { running(pass).drop(id, *stream_); }
+  void drop(Pass& pass, SequenceId id) override { pipeline_->drop(running(pass), id); }
 
   StepOutput finish(Pass&& pass) override {
     Pass ended = std::move(pass);
@@ -75,8 +85,26 @@ class HybridEngine : public Engine {
   }
 
   void copy_block(Pool pool, int32_t from, int32_t to) override {
-    MOED_CHECK(pool == Pool::kHost) << "this engine has no KV pool on the device";
-    kv_->copy_block(from, to, *stream_);
+    const KvPool* kv = pool == Pool::kHost ? kv_.get() : device_kv_.get();
+    MOED_CHECK(kv != nullptr) << "this engine has no KV pool on the device";
+    kv->copy_block(from, to, *stream_);
+  }
+
+  EngineStats stats() const override {
+    EngineStats stats;
+    if (ring_ != nullptr) {
+      const RingStats ring = ring_->stats();
+      stats.expert_hits = ring.hits;
+      stats.expert_misses = ring.misses;
+      stats.experts_prefetched = ring.prefetched;
+      stats.experts_prefetched_unused = ring.prefetched_unused;
+      stats.expert_evictions = ring.evictions;
+      stats.expert_bytes_copied = ring.bytes_copied;
+      stats.ring_wait_us = ring.wait_us;
+    }
+    stats.host_expert_rows = moe_->host_expert_rows();
+    stats.device_expert_rows = moe_->device_expert_rows();
+    return stats;
   }
 
   int32_t rows_max() const override { return config_.rows_max; }
@@ -103,12 +131,33 @@ class HybridEngine : public Engine {
     return limits;
   }
 
-  Status fill_rope(Device& device) {
+  template <class T>
+  static StatusOr<std::unique_ptr<T>> held(StatusOr<T> made) {
+    if (!made.ok()) return made.status();
+    return std::make_unique<T>(std::move(made).value());
+  }
+
+  Status make_pools() {
+    const auto make = [&](int64_t num_blocks, int32_t num_layers, Memory memory) {
+      const KvPoolConfig pool{num_blocks, config_.block_tokens, num_layers, memory};
+      return held(KvPool::make(model_, pool, device_));
+    };
+    MOED_ASSIGN_OR_RETURN(kv_, make(config_.kv_blocks, model_.num_layers, Memory::kMapped));
+    if (config_.device_kv_blocks > 0) {
+      MOED_ASSIGN_OR_RETURN(device_kv_, make(config_.device_kv_blocks, model_.num_layers, Memory::kDevice));
+    }
+    if (config_.staging_blocks > 0) {
+      MOED_ASSIGN_OR_RETURN(staging_, make(config_.staging_blocks, 1, Memory::kDevice));
+    }
+    return {};
+  }
+
+  Status fill_rope() {
     const std::vector<float> table = rope_cos_sin(model_.rope, config_.max_model_len);
     const auto bytes = static_cast<int64_t>(table.size() * sizeof(float));
-    MOED_ASSIGN_OR_RETURN(rope_, device.allocate(bytes, Memory::kDevice));
+    MOED_ASSIGN_OR_RETURN(rope_, device_.allocate(bytes, Memory::kDevice));
     stream_->copy(rope_.data(), table.data(), bytes);
-    const std::unique_ptr<Event> copied = device.make_event();
+    const std::unique_ptr<Event> copied = device_.make_event();
     stream_->record(*copied);
     return copied->join();
   }
@@ -117,12 +166,33 @@ class HybridEngine : public Engine {
   const EngineConfig config_;
   Device& device_;
   std::unique_ptr<Stream> stream_;
+  std::unique_ptr<DeviceWeights> weights_;
   std::vector<std::unique_ptr<PassSlot>> slots_;
   std::unique_ptr<KvPool> kv_;
+  std::unique_ptr<KvPool> device_kv_;  // null: none
+  std::unique_ptr<KvPool> staging_;    // null: none
   std::unique_ptr<Head> head_;
-  Buffer rope_;  // [max_model_len, rotary_dim]
+  Buffer rope_;                       // [max_model_len, rotary_dim]
+  std::unique_ptr<ExpertRing> ring_;  // null: no expert ever runs on a device that is not the host
+  std::unique_ptr<HostLane> lane_;
+  std::unique_ptr<MoeExecutor> moe_;
   std::unique_ptr<Pipeline> pipeline_;
 };
+
+Status check_beside_host(const EngineConfig& config, bool device_is_host) {
+  const std::pair<const char*, int64_t> fields[] = {{"device_kv_blocks", config.device_kv_blocks},
+                                                    {"staging_blocks", config.staging_blocks},
+                                                    {"ring.num_slots", config.ring.num_slots}};
+  for (const auto& [name, value] : fields) {
+    if (value < 0)
+      return invalid_argument(std::string(name) + " is " + std::to_string(value) + "; it must not be negative");
+    if (value > 0 && device_is_host) {
+      return invalid_argument(std::string(name) + " is " + std::to_string(value) +
+                              "; the host device has no memory of its own");
+    }
+  }
+  return {};
+}
 
 Status check(const ModelConfig& model, const EngineConfig& config) {
   const auto positive = [](int64_t value, const char* name) {
@@ -147,14 +217,22 @@ Status check(const ModelConfig& model, const EngineConfig& config) {
 StatusOr<std::unique_ptr<Engine>> make_engine(const Model& model, const DenseWeights& weights,
                                               const ExpertStore& experts, Device& device, const EngineConfig& config) {
   MOED_RETURN_IF_ERROR(check(model.config, config));
+  MOED_RETURN_IF_ERROR(check_beside_host(config, device.is_host()));
   auto engine = std::make_unique<HybridEngine>(model.config, config, device);
-  MOED_RETURN_IF_ERROR(engine->prepare(weights, experts, device));
+  MOED_RETURN_IF_ERROR(engine->prepare(weights, experts));
   return std::unique_ptr<Engine>(std::move(engine));
 }
 
-int64_t engine_activation_bytes(const ModelConfig& model, const EngineConfig& config) {
+EngineBytes engine_activations(const ModelConfig& model, const EngineConfig& config, bool device_is_host) {
+  const EngineBytes pass = PassBuffers::bytes(model, config, device_is_host);
+  const EngineBytes head = Head::bytes(model, config.rows_max, device_is_host);
   const int64_t rope = int64_t{config.max_model_len} * model.rope.rotary_dim * int64_t{sizeof(float)};
-  return kPassesMax * PassBuffers::bytes(model, config) + Head::bytes(model, config.rows_max) + rope;
+  return {.device_bytes = kPassesMax * pass.device_bytes + head.device_bytes + rope,
+          .host_bytes = kPassesMax * pass.host_bytes + head.host_bytes + ExpertTables::bytes(model)};
+}
+
+int64_t engine_activation_bytes(const ModelConfig& model, const EngineConfig& config) {
+  return engine_activations(model, config, true).total();
 }
 
 }  // namespace moed

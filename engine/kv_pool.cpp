@@ -1,50 +1,51 @@
 #include "engine/kv_pool.h"
 
 #include <limits>
+#include <string>
 #include <utility>
 
+#include "base/check.h"
+
 namespace moed {
-StatusOr<KvPool> KvPool::make(const ModelConfig& model, int64_t num_blocks, int32_t block_tokens) {
-  if (num_blocks < 1 || num_blocks > std::numeric_limits<int32_t>::max()) {
-    return invalid_argument("kv_blocks is " + std::to_string(num_blocks) + "; it must be between 1 and " +
+
+StatusOr<KvPool> KvPool::make(const ModelConfig& model, const KvPoolConfig& config, Device& device) {
+  if (config.num_blocks < 1 || config.num_blocks > std::numeric_limits<int32_t>::max()) {
+    return invalid_argument("kv_blocks is " + std::to_string(config.num_blocks) + "; it must be between 1 and " +
                             std::to_string(std::numeric_limits<int32_t>::max()));
   }
-  if (block_tokens < 1)
-    return invalid_argument("block_tokens is " + std::to_string(block_tokens) + "; it must be positive");
+  if (config.block_tokens < 1) {
+    return invalid_argument("block_tokens is " + std::to_string(config.block_tokens) + "; it must be positive");
+  }
   KvPool pool;
-  pool.num_blocks_ = num_blocks;
-  pool.block_tokens_ = block_tokens;
-  pool.num_layers_ = model.num_layers;
+  pool.config_ = config;
   pool.num_kv_heads_ = model.attention.num_kv_heads;
   pool.head_dim_ = model.attention.head_dim;
-  pool.block_elements_ = int64_t{2} * model.kv_size() * block_tokens;
-  const int64_t layer_bytes = pool.block_elements_ * int64_t{sizeof(Bf16)} * model.num_layers;
-  if (num_blocks > std::numeric_limits<int64_t>::max() / layer_bytes) {
-    return Status(StatusCode::kResourceExhausted, std::to_string(num_blocks) + " KV blocks of " +
-                                                      std::to_string(layer_bytes) + " bytes cannot be addressed");
+  pool.block_elements_ = int64_t{2} * model.kv_size() * config.block_tokens;
+  const int64_t bytes = pool.block_bytes() * config.num_layers;
+  if (config.num_blocks > std::numeric_limits<int64_t>::max() / bytes) {
+    return Status(StatusCode::kResourceExhausted, std::to_string(config.num_blocks) + " KV blocks of " +
+                                                      std::to_string(bytes) + " bytes cannot be addressed");
   }
-  MOED_ASSIGN_OR_RETURN(pool.memory_, HugePages::allocate(num_blocks * layer_bytes));
-  pool.memory_.touch();
+  MOED_ASSIGN_OR_RETURN(pool.memory_, device.allocate(config.num_blocks * bytes, config.memory));
   return pool;
 }
 
 KvLayer KvPool::layer(int32_t layer) const {
   KvLayer view;
-  view.base = reinterpret_cast<Bf16*>(memory_.data()) + layer * num_blocks_ * block_elements_;
+  view.base = memory_.as<Bf16>() + layer * config_.num_blocks * block_elements_;
   view.block_stride = block_elements_;
-  view.block_tokens = block_tokens_;
+  view.block_tokens = config_.block_tokens;
   view.num_kv_heads = num_kv_heads_;
   view.head_dim = head_dim_;
   return view;
 }
 
-void KvPool::copy_block(int32_t from, int32_t to, Stream& stream) {
-  MOED_CHECK(from >= 0 && from < num_blocks_ && to >= 0 && to < num_blocks_) << from << " -> " << to;
+void KvPool::copy_block(int32_t from, int32_t to, Stream& stream) const {
+  MOED_CHECK(from >= 0 && from < num_blocks() && to >= 0 && to < num_blocks()) << from << " -> " << to;
   if (from == to) return;
-  for (int32_t index = 0; index < num_layers_; ++index) {
+  for (int32_t index = 0; index < config_.num_layers; ++index) {
     const KvLayer view = layer(index);
-    stream.copy(view.base + to * block_elements_, view.base + from * block_elements_,
-                block_elements_ * int64_t{sizeof(Bf16)});
+    stream.copy(view.base + to * block_elements_, view.base + from * block_elements_, block_bytes());
   }
 }
 

@@ -1,57 +1,116 @@
 #include "engine/moe_executor.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "base/check.h"
 
 namespace moed {
+namespace {
 
-MoeExecutor::MoeExecutor(const ModelConfig& model, const DenseWeights& weights, const ExpertStore& experts,
-                         Device& device, Stream& stream)
-    : model_(model),
-      weights_(weights),
-      experts_(experts),
+// The host runs experts until about this much of their weights has been read, then looks after the ring: 0.2 ms at 80
+// GB/s, less than two packets take.
+constexpr int64_t kHostBatchBytes = int64_t{16} << 20;
+
+bool host_allowed(const ExpertCosts& costs) {
+  return std::isfinite(costs.host_base_us) && std::isfinite(costs.host_row_us);
+}
+
+}  // namespace
+
+MoeExecutor::MoeExecutor(const MoeInputs& inputs, ExpertTables tables, Device& device, Stream& stream, HostLane& lane)
+    : model_(inputs.model),
+      weights_(inputs.weights),
+      experts_(inputs.experts),
+      ring_(inputs.ring),
+      ring_slots_(inputs.ring_slots),
+      tables_(std::move(tables)),
       device_(device),
       ops_(device.ops()),
       stream_(stream),
-      routed_(device.make_event()),
-      pair_ends_(model.moe.num_experts) {
-  works_.reserve(std::max(1, model.moe.num_experts));
+      lane_(lane),
+      reached_(device.make_event()),
+      places_(model_.moe.num_experts),
+      counts_(model_.moe.num_experts) {
+  const auto num_experts = static_cast<size_t>(model_.moe.num_experts);
+  streamed_.reserve(num_experts);
+  hosted_.reserve(num_experts);
+  present_.reserve(num_experts);
+  pending_.reserve(num_experts);
+  submitted_.reserve(num_experts);
+  wanted_.reserve(ring_slots_);
 }
 
-void MoeExecutor::run(int32_t layer, const RowViews& rows, StepClock& clock) {
-  const LayerWeights& weights = weights_.layer(layer);
+bool MoeExecutor::streams(const StepPlan& plan) const {
+  return ring_ != nullptr && std::isfinite(plan.costs.copy_us) && std::isfinite(plan.costs.device_row_us);
+}
+
+// What the plan names of the layers to come, then the layers that come whole; at last what it names of the layers that
+// are behind, for the pass that follows.
+void MoeExecutor::prefetch(const RunningPass& pass) {
+  if (ring_ == nullptr) return;
+  const StepPlan& plan = pass.plan();
+  wanted_.clear();
+  const auto want = [&](ExpertId id) {
+    if (wanted_.size() < wanted_.capacity()) wanted_.push_back(id);
+  };
+  for (const ExpertId id : plan.prefetch) {
+    if (id.layer >= pass.layer) want(id);
+  }
+  for (int32_t layer = pass.layer; layer < model_.num_layers && streams(plan); ++layer) {
+    if (plan.layers[layer] != LayerMode::kWhole || model_.layers[layer] != LayerKind::kMoe) continue;
+    for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) want({layer, expert});
+    if (wanted_.size() == wanted_.capacity()) break;
+  }
+  for (const ExpertId id : plan.prefetch) {
+    if (id.layer < pass.layer) want(id);
+  }
+  if (wanted_.empty() && !prefetching_) return;
+  prefetching_ = !wanted_.empty();
+  ring_->prefetch(wanted_);
+  ring_->pump();
+}
+
+void MoeExecutor::run(int32_t layer, RunningPass& pass, const Half& half) {
+  const Work work{layer, pass, half, pass.rows(half), pass.tables(half), model_.ffn_choices(layer)};
   if (model_.layers[layer] == LayerKind::kDense) {
-    run_dense(weights, rows);
-    clock.mark(Lane::kDense);
+    run_dense(work);
+    pass.clock().mark(Lane::kDense);
     return;
   }
-  route(weights, rows);
-  clock.mark(Lane::kDense);
-  const int32_t choices = model_.ffn_choices(layer);
-  run_works(group(layer, rows), choices, rows);
-  if (model_.moe.shared_intermediate_size > 0) {
-    run_shared(layer, weights, rows);
+  route(work);
+  if (device_.is_host()) {
+    run_on_host_device(work);
+  } else if (streams(pass.plan()) && pass.plan().layers[layer] == LayerMode::kWhole) {
+    run_whole(work);
+  } else {
+    run_routed(work);
   }
-  const Matrix<float> outputs(rows.expert_outputs, rows.residual.rows * choices, model_.hidden_size);
-  ops_.combine({.y = outputs, .weights = rows.expert_weights, .choices = choices, .residual = rows.residual}, stream_);
-  clock.mark(Lane::kExperts);
+  pass.clock().mark(Lane::kExperts);
 }
 
-void MoeExecutor::run_dense(const LayerWeights& weights, const RowViews& rows) {
-  const BlobShape shape{.hidden = model_.hidden_size, .intermediate = model_.dense_intermediate_size};
-  const ExpertWork work{{reinterpret_cast<const std::byte*>(weights.ffn), shape},
-                        {rows.identity, static_cast<size_t>(rows.residual.rows)}};
-  run_works({&work, 1}, 1, rows);
-  const Matrix<float> outputs(rows.expert_outputs, rows.residual.rows, model_.hidden_size);
-  ops_.combine({.y = outputs, .weights = {}, .choices = 1, .residual = rows.residual}, stream_);
+void MoeExecutor::run_dense(const Work& work) {
+  const RowViews& rows = work.rows;
+  const int32_t num_rows = rows.residual.rows;
+  ExpertFfn args;
+  args.x = rows.normed;
+  args.shape = {.hidden = model_.hidden_size, .intermediate = model_.dense_intermediate_size};
+  args.blobs = tables_.dense(work.layer);
+  args.offsets = work.tables.whole_offsets;
+  args.pairs = rows.identity;
+  args.pairs_max = num_rows;
+  args.scratch = Matrix<Bf16>(rows.expert_scratch, num_rows, args.shape.intermediate);
+  args.y = Matrix<float>(rows.expert_outputs, num_rows, model_.hidden_size);
+  ops_.expert_ffn(args, stream_);
+  ops_.combine({.y = args.y, .weights = {}, .choices = 1, .residual = rows.residual}, stream_);
 }
 
-void MoeExecutor::route(const LayerWeights& weights, const RowViews& rows) {
+void MoeExecutor::route(const Work& work) {
+  const LayerWeights& weights = weights_.layers[work.layer];
   const RouterConfig& router = model_.moe.router;
   Route args;
-  args.x = rows.normed;
+  args.x = work.rows.normed;
   args.gate = {weights.router, nullptr, model_.hidden_size, model_.moe.num_experts};
   args.score = router.score == RouterConfig::Score::kSoftmax ? Route::Score::kSoftmax : Route::Score::kSigmoid;
   args.top_k = router.top_k;
@@ -62,78 +121,214 @@ void MoeExecutor::route(const LayerWeights& weights, const RowViews& rows) {
   args.correction_bias = weights.router_correction;
   args.shared = model_.moe.shared_intermediate_size > 0;
   if (args.shared) args.shared_gate = {weights.shared_router, nullptr, model_.hidden_size, 1};
-  args.experts = rows.experts;
-  args.weights = rows.expert_weights;
+  args.experts = work.rows.experts;
+  args.weights = work.rows.expert_weights;
   ops_.route(args, stream_);
 }
 
-// Counting sort of pairs by expert: ascending within each, as the works want them.
-std::span<const ExpertWork> MoeExecutor::group(int32_t layer, const RowViews& rows) {
-  stream_.record(*routed_);
-  const Status joined = routed_->join();
-  MOED_CHECK(joined.ok()) << joined.message();
-
-  const int32_t num_rows = rows.residual.rows;
-  const int32_t top_k = model_.moe.router.top_k;
-  const int32_t choices = model_.ffn_choices(layer);
-  const int64_t table_bytes = int64_t{num_rows} * top_k * int64_t{sizeof(int32_t)};
-  device_.host_access(rows.experts.data, table_bytes, Access::kRead);
-  device_.host_access(rows.pairs, table_bytes, Access::kWrite);
-  std::fill(pair_ends_.begin(), pair_ends_.end(), 0);
-  for (int32_t row = 0; row < num_rows; ++row) {
-    for (int32_t choice = 0; choice < top_k; ++choice) {
-      const int32_t expert = rows.experts.row(row)[choice];
-      MOED_CHECK(expert >= 0 && expert < model_.moe.num_experts) << "the router chose expert " << expert;
-      ++pair_ends_[expert];
-    }
+void MoeExecutor::group(const Work& work, bool mirror) {
+  Group args;
+  args.experts = work.rows.experts;
+  args.num_experts = model_.moe.num_experts;
+  args.choices = work.choices;
+  args.offsets = work.tables.offsets;
+  args.pairs = work.rows.pairs;
+  if (mirror) {
+    args.host_offsets = work.tables.host_offsets;
+    args.host_pairs = work.rows.host_pairs;
   }
-  int32_t begin = 0;
-  for (int32_t& end : pair_ends_) begin += std::exchange(end, begin);
-  for (int32_t row = 0; row < num_rows; ++row) {
-    for (int32_t choice = 0; choice < top_k; ++choice) {
-      rows.pairs[pair_ends_[rows.experts.row(row)[choice]]++] = row * choices + choice;
-    }
-  }
-  works_.clear();
-  begin = 0;
-  for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) {
-    const int32_t end = pair_ends_[expert];
-    if (end > begin) {
-      works_.push_back({experts_.blob({layer, expert}), {rows.pairs + begin, static_cast<size_t>(end - begin)}});
-    }
-    begin = end;
-  }
-  return works_;
+  ops_.group(args, stream_);
 }
 
-// The shared expert is the last choice of every row. Its pairs lie behind the routed ones, which may still be read.
-void MoeExecutor::run_shared(int32_t layer, const LayerWeights& weights, const RowViews& rows) {
-  const BlobShape shape{.hidden = model_.hidden_size, .intermediate = model_.moe.shared_intermediate_size};
-  const int32_t num_rows = rows.residual.rows;
-  const int32_t top_k = model_.moe.router.top_k;
-  const int32_t choices = model_.ffn_choices(layer);
-  int32_t* pairs = rows.pairs + int64_t{num_rows} * top_k;
-  device_.host_access(pairs, num_rows * int64_t{sizeof(*pairs)}, Access::kWrite);
-  for (int32_t row = 0; row < num_rows; ++row) pairs[row] = row * choices + top_k;
-  const ExpertWork work{{reinterpret_cast<const std::byte*>(weights.ffn), shape},
-                        {pairs, static_cast<size_t>(num_rows)}};
-  run_works({&work, 1}, choices, rows);
-}
-
-void MoeExecutor::run_works(std::span<const ExpertWork> works, int32_t choices, const RowViews& rows) {
-  int32_t num_pairs = 0;
-  int32_t widest = 0;
-  for (const ExpertWork& work : works) {
-    num_pairs += static_cast<int32_t>(work.pairs.size());
-    widest = std::max(widest, work.weights.shape.intermediate);
-  }
+// What calls on the device over routed experts have in common; the table comes.
+ExpertFfn MoeExecutor::device_args(const Work& work) const {
+  const int32_t num_pairs = work.rows.residual.rows * model_.moe.router.top_k;
   ExpertFfn args;
-  args.x = rows.normed;
-  args.works = works;
-  args.choices = choices;
-  args.scratch = Matrix<Bf16>(rows.expert_scratch, num_pairs, widest);
-  args.y = Matrix<float>(rows.expert_outputs, rows.residual.rows * choices, model_.hidden_size);
+  args.x = work.rows.normed;
+  args.shape = experts_.shape();
+  args.offsets = work.tables.offsets;
+  args.pairs = work.rows.pairs;
+  args.pairs_max = num_pairs;
+  args.choices = work.choices;
+  args.scratch = Matrix<Bf16>(work.rows.expert_scratch, num_pairs, args.shape.intermediate);
+  args.y = Matrix<float>(work.rows.expert_outputs, work.rows.residual.rows * work.choices, model_.hidden_size);
+  return args;
+}
+
+void MoeExecutor::run_shared(const Work& work) {
+  if (model_.moe.shared_intermediate_size == 0) return;
+  const int32_t num_rows = work.rows.residual.rows;
+  ExpertFfn args = device_args(work);
+  args.shape = {.hidden = model_.hidden_size, .intermediate = model_.moe.shared_intermediate_size};
+  args.blobs = tables_.dense(work.layer);
+  args.offsets = work.tables.whole_offsets;
+  args.pairs = work.rows.shared_pairs;
+  args.pairs_max = num_rows;
+  args.scratch = Matrix<Bf16>(work.rows.expert_scratch, num_rows, args.shape.intermediate);
   ops_.expert_ffn(args, stream_);
+}
+
+void MoeExecutor::run_on_host_device(const Work& work) {
+  group(work, false);
+  work.pass.clock().mark(Lane::kDense);
+  ExpertFfn args = device_args(work);
+  args.blobs = tables_.store(work.layer);
+  ops_.expert_ffn(args, stream_);
+  host_expert_rows_ += args.pairs_max;
+  run_shared(work);
+  combine(work, false);
+}
+
+void MoeExecutor::run_whole(const Work& work) {
+  group(work, false);
+  work.pass.clock().mark(Lane::kDense);
+  run_shared(work);
+  streamed_.clear();
+  for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) streamed_.push_back(expert);
+  next_streamed_ = 0;
+  finish_streams(work);
+  device_expert_rows_ += int64_t{work.rows.residual.rows} * model_.moe.router.top_k;
+  combine(work, false);
+}
+
+void MoeExecutor::run_routed(const Work& work) {
+  group(work, true);
+  present_.clear();
+  if (ring_ != nullptr) ring_->acquire_present(work.layer, present_);
+  // Rows for the host lane set out before the answer is there, unless nothing will be asked of it. A half with several
+  // KV paths has op calls enough and sends them when it must.
+  const StepPlan& plan = work.pass.plan();
+  const bool sent =
+      present_.size() < counts_.size() && (host_allowed(plan.costs) || !streams(plan)) && work.half.num_paths() == 1;
+  if (sent) send_normed(work);
+  stream_.record(*reached_);
+  work.pass.clock().mark(Lane::kDense);
+  std::fill(places_.begin(), places_.end(), Place::kHost);
+  for (const Lease& lease : present_) places_[lease.id().expert] = Place::kResident;
+  if (!present_.empty()) enqueue_leases(work, present_);
+  run_shared(work);
+  lane_.wait(*reached_, work.pass);
+  place(work);
+  run_missing(work, sent);
+  combine(work, !hosted_.empty());
+}
+
+void MoeExecutor::send_normed(const Work& work) { ops_.move(work.rows.normed, work.rows.host_normed, stream_); }
+
+void MoeExecutor::place(const Work& work) {
+  const int32_t num_experts = model_.moe.num_experts;
+  const int32_t* offsets = work.tables.host_offsets;
+  device_.host_access(offsets, (num_experts + 1) * int64_t{sizeof(*offsets)}, Access::kRead);
+  for (int32_t expert = 0; expert < num_experts; ++expert) counts_[expert] = offsets[expert + 1] - offsets[expert];
+  MOED_CHECK(offsets[num_experts] == work.rows.residual.rows * model_.moe.router.top_k)
+      << "layer " << work.layer << ": the router's answer counts " << offsets[num_experts] << " pairs";
+  if (ring_ != nullptr) ring_->routed(work.layer, counts_);
+  if (streams(work.pass.plan())) placer_.place(work.pass.plan().costs, counts_, places_);
+  streamed_.clear();
+  hosted_.clear();
+  next_streamed_ = next_hosted_ = 0;
+  for (int32_t expert = 0; expert < num_experts; ++expert) {
+    if (counts_[expert] == 0) continue;
+    if (places_[expert] == Place::kHost) {
+      hosted_.push_back(expert);
+      host_expert_rows_ += counts_[expert];
+      continue;
+    }
+    device_expert_rows_ += counts_[expert];
+    if (places_[expert] == Place::kStreamed) streamed_.push_back(expert);
+  }
+}
+
+// Copies first, so that they run while the host computes; between its batches they are fed.
+void MoeExecutor::run_missing(const Work& work, bool sent) {
+  if (!hosted_.empty()) {
+    if (!sent) {
+      send_normed(work);
+      stream_.record(*reached_);
+    }
+    stream_some(work);
+    if (!sent) lane_.wait(*reached_, work.pass);
+    const std::span<const std::byte*> table(work.tables.host_blobs, places_.size());
+    device_.host_access(table.data(), static_cast<int64_t>(table.size_bytes()), Access::kWrite);
+    std::fill(table.begin(), table.end(), nullptr);
+    for (const int32_t expert : hosted_) table[expert] = experts_.blob({work.layer, expert}).data;
+    while (next_hosted_ < hosted_.size()) {
+      run_host_batch(work);
+      stream_some(work);
+    }
+  }
+  finish_streams(work);
+}
+
+void MoeExecutor::run_host_batch(const Work& work) {
+  const double begin_us = device_.now_us();
+  const ExpertTables::Table table = tables_.host_table();
+  for (int64_t bytes = 0; next_hosted_ < hosted_.size() && bytes < kHostBatchBytes; bytes += experts_.shape().bytes()) {
+    const int32_t expert = hosted_[next_hosted_++];
+    table[expert] = experts_.blob({work.layer, expert}).data;
+  }
+  ExpertFfn args = device_args(work);
+  args.x = work.rows.host_normed;
+  args.blobs = table;
+  args.offsets = work.tables.host_offsets;
+  args.pairs = work.rows.host_pairs;
+  args.scratch.data = work.rows.host_scratch;
+  args.y.data = work.rows.host_outputs;
+  device_.host_ops().expert_ffn(args, device_.host_stream());
+  work.pass.clock().add_host_experts(begin_us);
+}
+
+bool MoeExecutor::stream_some(const Work& work) {
+  if (ring_ == nullptr) return false;
+  while (next_streamed_ < streamed_.size()) {
+    std::optional<Lease> lease = ring_->acquire({work.layer, streamed_[next_streamed_]});
+    if (!lease.has_value()) break;
+    pending_.push_back(std::move(*lease));
+    ++next_streamed_;
+  }
+  ring_->pump();
+  submitted_.clear();
+  const auto waiting = std::stable_partition(pending_.begin(), pending_.end(),
+                                             [&](const Lease& lease) { return !ring_->submitted(lease); });
+  std::move(waiting, pending_.end(), std::back_inserter(submitted_));
+  pending_.erase(waiting, pending_.end());
+  if (submitted_.empty()) return false;
+  enqueue_leases(work, submitted_);
+  return true;
+}
+
+void MoeExecutor::finish_streams(const Work& work) {
+  while (next_streamed_ < streamed_.size() || !pending_.empty()) {
+    if (!stream_some(work)) lane_.wait_ring(work.pass);
+  }
+}
+
+void MoeExecutor::enqueue_leases(const Work& work, std::vector<Lease>& leases) {
+  const ExpertTables::Table table = tables_.take([&](Event& event) { lane_.wait(event, work.pass); });
+  for (const Lease& lease : leases) {
+    ring_->order(lease, stream_);
+    table[lease.id().expert] = lease.view().data;
+  }
+  ExpertFfn args = device_args(work);
+  args.blobs = table;
+  ops_.expert_ffn(args, stream_);
+  tables_.used(stream_);
+  ring_->retire(leases, stream_);
+}
+
+void MoeExecutor::combine(const Work& work, bool with_host) {
+  const int32_t num_outputs = work.rows.residual.rows * work.choices;
+  Combine args;
+  args.y = Matrix<float>(work.rows.expert_outputs, num_outputs, model_.hidden_size);
+  args.weights = work.rows.expert_weights;
+  args.choices = work.choices;
+  args.residual = work.rows.residual;
+  if (with_host) {
+    args.host_y = Matrix<float>(work.rows.host_outputs, num_outputs, model_.hidden_size);
+    args.experts = work.rows.experts;
+    args.host_blobs = {work.tables.host_blobs, places_.size()};
+  }
+  ops_.combine(args, stream_);
 }
 
 }  // namespace moed

@@ -5,42 +5,106 @@
 #include <span>
 #include <vector>
 
-#include "engine/pass_buffers.h"
-#include "engine/step_clock.h"
+#include "engine/expert_tables.h"
+#include "engine/host_lane.h"
+#include "engine/running_pass.h"
 #include "kernels/ops.h"
 #include "model/weights.h"
 #include "offload/expert_store.h"
+#include "offload/ring.h"
+#include "plan/plan.h"
 
 namespace moed {
 
-// Runs the FFN of a layer on some rows: routes them, groups their (row, choice) pairs by expert, runs each expert once
-// for all its rows, and adds the outputs up in the order of choices, so that it does not matter which expert was done
-// first. Dense FFNs and the shared expert are experts that every row chose. Serving thread only; allocates at
-// construction alone.
+// What FFNs read. All of it outlives the executor.
+struct MoeInputs {
+  const ModelConfig& model;
+  const DenseViews& weights;
+  const ExpertStore& experts;
+  ExpertRing* ring = nullptr;  // null: no routed expert ever runs on a device that is not the host
+  int32_t ring_slots = 0;
+};
+
+// Runs the FFN of a layer on some rows: routes them, groups their (row, choice) pairs by expert, runs each expert where
+// the plan's costs say, and adds the outputs up in the order of choices, so that it does not matter where an expert ran
+// and which was done first. Dense FFNs and the shared expert are experts that every row chose; they run on the device.
+//
+// On the device that is the host all experts run in one call and nothing is waited for. Else, in a layer that comes
+// whole, every expert passes through the ring in order and the router's answer stays on the device; in a routed one the
+// experts that stand in device memory run at once, then the host reads what is missing, runs its share and copies the
+// rest. No lease outlives run(): halves and passes cannot wait for each other's slots. Serving thread only.
 class MoeExecutor {
  public:
-  MoeExecutor(const ModelConfig& model, const DenseWeights& weights, const ExpertStore& experts, Device& device,
-              Stream& stream);
+  // device, stream and lane outlive it.
+  MoeExecutor(const MoeInputs& inputs, ExpertTables tables, Device& device, Stream& stream, HostLane& lane);
 
+  // Tells the ring what should come next for this pass.
+  void prefetch(const RunningPass& pass);
   // residual += FFN(normed). Clobbers the rows' expert buffers.
-  void run(int32_t layer, const RowViews& rows, StepClock& clock);
+  void run(int32_t layer, RunningPass& pass, const Half& half);
+
+  int64_t host_expert_rows() const { return host_expert_rows_; }
+  int64_t device_expert_rows() const { return device_expert_rows_; }
 
  private:
-  void run_dense(const LayerWeights& weights, const RowViews& rows);
-  void route(const LayerWeights& weights, const RowViews& rows);
-  std::span<const ExpertWork> group(int32_t layer, const RowViews& rows);
-  void run_shared(int32_t layer, const LayerWeights& weights, const RowViews& rows);
-  void run_works(std::span<const ExpertWork> works, int32_t choices, const RowViews& rows);
+  // A layer of a half on its way.
+  struct Work {
+    int32_t layer;
+    RunningPass& pass;
+    const Half& half;
+    const RowViews rows;
+    const HalfTables& tables;
+    const int32_t choices;
+  };
+
+  void run_dense(const Work& work);
+  void route(const Work& work);
+  void group(const Work& work, bool mirror);
+  ExpertFfn device_args(const Work& work) const;
+  void run_shared(const Work& work);
+  void run_on_host_device(const Work& work);
+  void run_whole(const Work& work);
+  void run_routed(const Work& work);
+  // places_ of all experts, from what the router chose and what was present.
+  void place(const Work& work);
+  // normed rows to where the host lane reads them.
+  void send_normed(const Work& work);
+  // The experts that are not in device memory. sent: normed rows are where the host lane reads them.
+  void run_missing(const Work& work, bool sent);
+  // The next experts of the host's share.
+  void run_host_batch(const Work& work);
+  // Leases what the ring gives, feeds its copies, enqueues the experts whose copies are. False: nothing was enqueued.
+  bool stream_some(const Work& work);
+  void finish_streams(const Work& work);
+  void enqueue_leases(const Work& work, std::vector<Lease>& leases);
+  void combine(const Work& work, bool with_host);
+  bool streams(const StepPlan& plan) const;
 
   const ModelConfig& model_;
-  const DenseWeights& weights_;
+  const DenseViews& weights_;
   const ExpertStore& experts_;
+  ExpertRing* ring_;
+  const int32_t ring_slots_;
+  ExpertTables tables_;
   Device& device_;
   Ops& ops_;
   Stream& stream_;
-  std::unique_ptr<Event> routed_;
-  std::vector<int32_t> pair_ends_;  // [num_experts]: while sorting, where an expert's next pair goes
-  std::vector<ExpertWork> works_;
+  HostLane& lane_;
+  std::unique_ptr<Event> reached_;
+  ExpertPlacer placer_;
+  std::vector<Place> places_;      // [num_experts]
+  std::vector<int32_t> counts_;    // [num_experts]: rows that chose each
+  std::vector<int32_t> streamed_;  // experts to stream, from next_streamed_ on
+  std::vector<int32_t> hosted_;    // experts of the host, from next_hosted_ on
+  size_t next_streamed_ = 0;
+  size_t next_hosted_ = 0;
+  std::vector<Lease> present_;
+  std::vector<Lease> pending_;    // leased, their copies not all enqueued
+  std::vector<Lease> submitted_;  // about to be enqueued
+  std::vector<ExpertId> wanted_;  // what prefetch() asks for
+  bool prefetching_ = false;
+  int64_t host_expert_rows_ = 0;
+  int64_t device_expert_rows_ = 0;
 };
 
 }  // namespace moed

@@ -54,6 +54,7 @@ void PassBuffers::carve(const ModelConfig& model, const EngineConfig& config, Ca
   const int32_t q_size = model.q_size();
   choices_max_ = choices_max(model);
   scratch_elements_ = scratch_elements(model);
+  top_k_ = std::max(1, model.moe.router.top_k);
   all_.residual = device.take<float>(rows, model.hidden_size);
   all_.normed = device.take<Bf16>(rows, model.hidden_size);
   all_.qkv = device.take<float>(rows, q_size + 2 * model.kv_size());
@@ -61,10 +62,15 @@ void PassBuffers::carve(const ModelConfig& model, const EngineConfig& config, Ca
   all_.attention = device.take<Bf16>(rows, q_size);
   all_.expert_outputs = device.take<float>(int64_t{rows} * choices_max_ * model.hidden_size);
   all_.expert_scratch = device.take<Bf16>(rows * scratch_elements_);
-  all_.experts = mapped.take<int32_t>(rows, std::max(1, model.moe.router.top_k));
-  all_.expert_weights = mapped.take<float>(rows, choices_max_);
-  all_.pairs = mapped.take<int32_t>(int64_t{rows} * choices_max_);
+  all_.experts = device.take<int32_t>(rows, top_k_);
+  all_.expert_weights = device.take<float>(rows, choices_max_);
+  all_.pairs = device.take<int32_t>(int64_t{rows} * top_k_);
+  for (HalfTables& half : halves_) {
+    half.offsets = device.take<int32_t>(model.moe.num_experts + 1);
+    half.whole_offsets = mapped.take<int32_t>(2);
+  }
   identity_ = mapped.take<int32_t>(rows);
+  shared_pairs_ = mapped.take<int32_t>(rows);
   all_.tokens = mapped.take<int32_t>(rows);
   all_.positions = mapped.take<int32_t>(rows);
   all_.slots = mapped.take<int64_t>(rows);
@@ -74,31 +80,50 @@ void PassBuffers::carve(const ModelConfig& model, const EngineConfig& config, Ca
   block_table_ = mapped.take<int32_t>(block_table_entries_);
 }
 
-int64_t PassBuffers::bytes(const ModelConfig& model, const EngineConfig& config) {
+void PassBuffers::carve_mirrors(const ModelConfig& model, const EngineConfig& config, Carver& mapped) {
+  const int32_t rows = config.rows_max;
+  expert_elements_ = int64_t{top_k_} * model.moe.intermediate_size;
+  all_.host_q = mapped.take<Bf16>(rows, model.q_size());
+  all_.host_attention = mapped.take<Bf16>(rows, model.q_size());
+  if (model.moe.num_experts == 0) return;
+  all_.host_normed = mapped.take<Bf16>(rows, model.hidden_size);
+  all_.host_outputs = mapped.take<float>(int64_t{rows} * choices_max_ * model.hidden_size);
+  all_.host_scratch = mapped.take<Bf16>(rows * expert_elements_);
+  all_.host_pairs = mapped.take<int32_t>(int64_t{rows} * top_k_);
+  for (HalfTables& half : halves_) {
+    half.host_offsets = mapped.take<int32_t>(model.moe.num_experts + 1);
+    half.host_blobs = mapped.take<const std::byte*>(model.moe.num_experts);
+  }
+}
+
+EngineBytes PassBuffers::bytes(const ModelConfig& model, const EngineConfig& config, bool device_is_host) {
   PassBuffers buffers;
   Carver device(nullptr);
   Carver mapped(nullptr);
   buffers.carve(model, config, device, mapped);
-  return device.used_bytes() + mapped.used_bytes();
+  if (!device_is_host) buffers.carve_mirrors(model, config, mapped);
+  return {device.used_bytes(), mapped.used_bytes()};
 }
 
 StatusOr<PassBuffers> PassBuffers::allocate(const ModelConfig& model, const EngineConfig& config, Device& device) {
   PassBuffers buffers;
-  Carver device_size(nullptr);
-  Carver mapped_size(nullptr);
-  buffers.carve(model, config, device_size, mapped_size);
-  MOED_ASSIGN_OR_RETURN(buffers.device_memory_, device.allocate(device_size.used_bytes(), Memory::kDevice));
-  MOED_ASSIGN_OR_RETURN(buffers.mapped_memory_, device.allocate(mapped_size.used_bytes(), Memory::kMapped));
+  const EngineBytes bytes = PassBuffers::bytes(model, config, device.is_host());
+  MOED_ASSIGN_OR_RETURN(buffers.device_memory_, device.allocate(bytes.device_bytes, Memory::kDevice));
+  MOED_ASSIGN_OR_RETURN(buffers.mapped_memory_, device.allocate(bytes.host_bytes, Memory::kMapped));
   Carver device_memory(buffers.device_memory_.data());
   Carver mapped_memory(buffers.mapped_memory_.data());
   buffers.carve(model, config, device_memory, mapped_memory);
+  if (!device.is_host()) buffers.carve_mirrors(model, config, mapped_memory);
   std::iota(buffers.identity_, buffers.identity_ + config.rows_max, 0);
+  for (int32_t row = 0; row < config.rows_max; ++row) {
+    buffers.shared_pairs_[row] = row * (buffers.top_k_ + 1) + buffers.top_k_;
+  }
   return buffers;
 }
 
 RowViews PassBuffers::rows(int32_t begin, int32_t count) const {
   MOED_CHECK(begin >= 0 && count >= 0 && begin + count <= all_.residual.rows) << begin << " + " << count;
-  RowViews views;
+  RowViews views = all_;
   views.residual = all_.residual.slice(begin, count);
   views.normed = all_.normed.slice(begin, count);
   views.qkv = all_.qkv.slice(begin, count);
@@ -106,13 +131,24 @@ RowViews PassBuffers::rows(int32_t begin, int32_t count) const {
   views.attention = all_.attention.slice(begin, count);
   views.experts = all_.experts.slice(begin, count);
   views.expert_weights = all_.expert_weights.slice(begin, count);
-  views.expert_outputs = all_.expert_outputs + int64_t{begin} * choices_max_ * all_.residual.cols;
-  views.expert_scratch = all_.expert_scratch + begin * scratch_elements_;
-  views.pairs = all_.pairs + int64_t{begin} * choices_max_;
+  views.expert_outputs += int64_t{begin} * choices_max_ * all_.residual.cols;
+  views.expert_scratch += begin * scratch_elements_;
+  views.pairs += int64_t{begin} * top_k_;
+  if (all_.host_q.data != nullptr) {
+    views.host_q = all_.host_q.slice(begin, count);
+    views.host_attention = all_.host_attention.slice(begin, count);
+  }
+  if (all_.host_normed.data != nullptr) {
+    views.host_normed = all_.host_normed.slice(begin, count);
+    views.host_outputs += int64_t{begin} * choices_max_ * all_.residual.cols;
+    views.host_scratch += begin * expert_elements_;
+    views.host_pairs += int64_t{begin} * top_k_;
+  }
   views.identity = identity_;
-  views.tokens = all_.tokens + begin;
-  views.positions = all_.positions + begin;
-  views.slots = all_.slots + begin;
+  views.shared_pairs = shared_pairs_;
+  views.tokens += begin;
+  views.positions += begin;
+  views.slots += begin;
   return views;
 }
 

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "engine/host_lane.h"
 #include "engine/kv_pool.h"
 #include "engine/moe_executor.h"
 #include "engine/running_pass.h"
@@ -11,43 +12,63 @@
 
 namespace moed {
 
+// Null: there is none.
+struct KvPools {
+  const KvPool* host = nullptr;
+  const KvPool* device = nullptr;
+  const KvPool* staging = nullptr;  // one layer, on the device
+  const KvPool* of(KvPath path) const {
+    return path == KvPath::kDevice ? device : path == KvPath::kStaged ? staging : host;
+  }
+};
+
 // What a forward pass reads. All of it outlives the pipeline.
 struct PipelineInputs {
   const ModelConfig& model;
-  const DenseWeights& weights;
-  const ExpertStore& experts;
-  const KvPool& kv;
-  const float* rope;  // [max_model_len, rotary_dim], see RopeAppend
+  const DenseViews& weights;
+  KvPools kv;
+  const float* rope = nullptr;  // [max_model_len, rotary_dim], see RopeAppend
 };
 
 // The one forward pass. Carries a pass's rows through a layer at a time, each half in turn: what begins the next layer
-// is done at the end of this one, so that a half's attention may go on while the other half's products run. Serving
+// is done at the end of this one, so that a half's attention goes on while the other half's products run. Serving
 // thread only.
 class Pipeline {
  public:
-  // device and stream outlive the pipeline.
-  Pipeline(const PipelineInputs& inputs, Device& device, Stream& stream);
+  // device, stream, lane and moe outlive the pipeline.
+  Pipeline(const PipelineInputs& inputs, Device& device, Stream& stream, HostLane& lane, MoeExecutor& moe);
 
   // Embeds the rows and starts layer 0.
   void begin(RunningPass& pass);
   // Runs one layer. True: more to do.
   bool advance(RunningPass& pass);
+  // Takes a sequence's rows out, if it is in the pass.
+  void drop(RunningPass& pass, SequenceId id);
 
  private:
-  // Norm, QKV, rope, KV append.
+  void start_layer(int32_t layer, RunningPass& pass, const Half& half);
+  // Norm, QKV; then rope, KV append and what attention the device computes, path by path.
   void before_attention(int32_t layer, const RowViews& rows);
-  void run_attention(int32_t layer, const RunningPass& pass, const Half& half);
+  void append_kv(int32_t layer, RunningPass& pass, const Half& half, KvPath path);
+  void start_attention(int32_t layer, RunningPass& pass, const Half& half, KvPath path);
+  // Blocks of staged sequences: those with earlier tokens to the device, or those with new ones back.
+  void fetch_staged(int32_t layer, const Half& half);
+  void return_staged(int32_t layer, const Half& half);
+  void copy_staged(int32_t layer, const Member& member, bool fetch);
+  // The attention output of all rows stands on the device.
+  void join_attention(RunningPass& pass, const Half& half);
   // Output projection and the FFN's norm.
   void after_attention(int32_t layer, const RowViews& rows);
-  void start_layer(int32_t layer, RunningPass& pass, const Half& half);
 
   const ModelConfig& model_;
-  const DenseWeights& weights_;
-  const KvPool& kv_;
+  const DenseViews& weights_;
+  const KvPools kv_;
   const float* rope_;
+  Device& device_;
   Ops& ops_;
   Stream& stream_;
-  MoeExecutor moe_;
+  HostLane& lane_;
+  MoeExecutor& moe_;
 };
 
 }  // namespace moed

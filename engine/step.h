@@ -73,13 +73,18 @@ struct SequenceOutput {
       prompt_scores;  // when `prompt_logprobs`: of tokens[num_cached + 1, ...], one a row but the sampled one's
 };
 
-// Measured times of a pass, microseconds of wall clock.
+// Measured times of a pass, microseconds of the device's clock.
 struct StepTimes {
   double total_us = 0.0;  // begin to finish, waits for other passes excluded
+  // What the device's stream was spent on, waits for the host and for copies included; they add up to total_us.
   double attention_us = 0.0;
   double experts_us = 0.0;
   double dense_us = 0.0;  // all other products
   double sample_us = 0.0;
+  // Of that time, what the host lane beside a device computed or waited for; 0 where the device is the host.
+  double host_attention_us = 0.0;
+  double host_experts_us = 0.0;
+  double ring_wait_us = 0.0;  // nothing to do but wait for an expert's copy
 };
 
 struct StepOutput {

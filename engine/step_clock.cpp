@@ -4,6 +4,13 @@
 
 namespace moed {
 
+void check_device(const Status& status) { MOED_CHECK(status.ok()) << "device: " << status.message(); }
+
+void StepClock::reset() {
+  marks_.clear();
+  host_ = {};
+}
+
 void StepClock::mark(Lane lane) {
   if (marks_.size() == events_.size()) events_.push_back(device_->make_event());
   Event* event = events_[marks_.size()].get();
@@ -13,12 +20,11 @@ void StepClock::mark(Lane lane) {
 
 void StepClock::join() const {
   if (marks_.empty()) return;
-  const Status joined = marks_.back().event->join();
-  MOED_CHECK(joined.ok()) << joined.message();
+  check_device(marks_.back().event->join());
 }
 
 StepTimes StepClock::times() {
-  StepTimes times;
+  StepTimes times = host_;
   join();
   for (size_t i = 1; i < marks_.size(); ++i) {
     const double us = marks_[i].event->us_since(*marks_[i - 1].event);

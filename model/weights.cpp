@@ -105,11 +105,12 @@ StatusOr<DenseWeights> DenseWeights::load(const Model& model, const TensorSource
                                           const std::function<void(int64_t)>& progress) {
   DenseWeights weights;
   const auto walk = [&](Layout& layout) {
-    weights.layers_.clear();
-    weights.embedding_ = layout.embedding();
-    for (int32_t layer = 0; layer < model.config.num_layers; ++layer) weights.layers_.push_back(layout.layer(layer));
-    weights.final_norm_ = layout.final_norm();
-    weights.head_ = model.config.tied_embeddings ? weights.embedding_ : layout.head();
+    DenseViews& views = weights.views_;
+    views.layers.clear();
+    views.embedding = layout.embedding();
+    for (int32_t layer = 0; layer < model.config.num_layers; ++layer) views.layers.push_back(layout.layer(layer));
+    views.final_norm = layout.final_norm();
+    views.head = model.config.tied_embeddings ? views.embedding : layout.head();
   };
   Layout sizes(model, nullptr);
   walk(sizes);
@@ -118,6 +119,25 @@ StatusOr<DenseWeights> DenseWeights::load(const Model& model, const TensorSource
   walk(places);
   MOED_RETURN_IF_ERROR(load_tensors(source, places.loads(), progress));
   return weights;
+}
+
+DenseViews DenseWeights::views_at(const std::byte* copy) const {
+  const auto move = [&]<class T>(const T*& view) {
+    if (view == nullptr) return;
+    view = reinterpret_cast<const T*>(copy + (reinterpret_cast<const std::byte*>(view) - arena_.data()));
+  };
+  DenseViews views = views_;
+  move(views.embedding);
+  move(views.head);
+  move(views.final_norm);
+  for (LayerWeights& layer : views.layers) {
+    for (const float** view : {&layer.attention_norm, &layer.qkv_bias, &layer.q_norm, &layer.k_norm, &layer.output_bias,
+                               &layer.ffn_norm, &layer.router_correction}) {
+      move(*view);
+    }
+    for (const Bf16** view : {&layer.qkv, &layer.output, &layer.router, &layer.ffn, &layer.shared_router}) move(*view);
+  }
+  return views;
 }
 
 }  // namespace moed

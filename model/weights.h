@@ -30,24 +30,33 @@ struct LayerWeights {
   const Bf16* shared_router = nullptr;  // [1, hidden]
 };
 
+// Where everything but the routed experts stands. Does not own.
+struct DenseViews {
+  const Bf16* embedding = nullptr;    // [vocab, hidden]
+  const Bf16* head = nullptr;         // [vocab, hidden]; the embedding when tied
+  const float* final_norm = nullptr;  // [hidden]
+  std::vector<LayerWeights> layers;   // [num_layers]
+};
+
 // Everything but the routed experts: resident where the model runs. Owns one arena. Immutable after load.
 class DenseWeights {
  public:
   // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call.
   static StatusOr<DenseWeights> load(const Model& model, const TensorSource& source,
                                      const std::function<void(int64_t)>& progress);
-  const Bf16* embedding() const { return embedding_; }     // [vocab, hidden]
-  const Bf16* head() const { return head_; }               // [vocab, hidden]; the embedding when tied
-  const float* final_norm() const { return final_norm_; }  // [hidden]
-  const LayerWeights& layer(int32_t layer) const { return layers_[layer]; }
+  const Bf16* embedding() const { return views_.embedding; }
+  const Bf16* head() const { return views_.head; }
+  const float* final_norm() const { return views_.final_norm; }
+  const LayerWeights& layer(int32_t layer) const { return views_.layers[layer]; }
+  const DenseViews& views() const { return views_; }
+  // The same views of a copy of the arena that begins at `copy`, which need not be readable here.
+  DenseViews views_at(const std::byte* copy) const;
+  const std::byte* data() const { return arena_.data(); }
   int64_t bytes() const { return arena_.size(); }
 
  private:
   HugePages arena_;
-  const Bf16* embedding_ = nullptr;
-  const Bf16* head_ = nullptr;
-  const float* final_norm_ = nullptr;
-  std::vector<LayerWeights> layers_;
+  DenseViews views_;
 };
 
 }  // namespace moed

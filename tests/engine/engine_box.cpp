@@ -230,6 +230,14 @@ EngineBox::EngineBox(Model model, const TensorSource& source, std::unique_ptr<De
       experts_(loaded(ExpertStore::load(model_, source, [](int64_t) {}))),
       engine_(loaded(make_engine(model_, weights_, experts_, *device_, config_))) {}
 
+void EngineBox::read(void* target, const void* source, int64_t bytes) {
+  const auto stream = device_->make_stream();
+  const auto copied = device_->make_event();
+  stream->copy(target, source, bytes);
+  stream->record(*copied);
+  MOED_CHECK(copied->join().ok()) << "a copy of " << bytes << " bytes failed";
+}
+
 StepPlan EngineBox::plan(int32_t split) const {
   StepPlan plan;
   plan.split = split;

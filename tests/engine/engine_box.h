@@ -26,6 +26,8 @@ class EngineBox {
   Engine& engine() { return *engine_; }
   const Model& model() const { return model_; }
   const EngineConfig& config() const { return config_; }
+  // Bytes of device memory, when the host has waited for what wrote them.
+  void read(void* target, const void* source, int64_t bytes);
   // A plan with the second half beginning at `split`.
   StepPlan plan(int32_t split) const;
 

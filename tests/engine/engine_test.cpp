@@ -178,6 +178,9 @@ class CountingDevice : public Device {
   std::unique_ptr<Stream> make_stream() override { return device_.make_stream(); }
   std::unique_ptr<Event> make_event() override { return device_.make_event(); }
   Ops& ops() override { return device_.ops(); }
+  Ops& host_ops() override { return device_.host_ops(); }
+  Stream& host_stream() override { return device_.host_stream(); }
+  std::unique_ptr<HostAttention> make_host_attention() override { return device_.make_host_attention(); }
   int64_t taken_bytes = 0;
   int64_t limit_bytes = int64_t{1} << 40;
 
@@ -196,17 +199,18 @@ TEST(EngineMemory, ActivationBytesAreWhatIsTakenAndWithinTheBudget) {
     for (const int32_t rows : {1, 40, 300}) {
       EngineConfig config = small_config();
       config.rows_max = rows;
+      const int64_t kv_bytes = config.kv_blocks * config.block_tokens * model.config.kv_bytes_per_token();
       for (const bool enough : {true, false}) {
         const auto device = open_device("cpu", {.num_threads = 1});
         ASSERT_TRUE(device.ok());
         CountingDevice counting(*device.value());
-        if (!enough) counting.limit_bytes = engine_activation_bytes(model.config, config) - 1;
+        if (!enough) counting.limit_bytes = engine_activation_bytes(model.config, config) + kv_bytes - 1;
         const auto engine = make_engine(model, *weights, *experts, counting, config);
         EXPECT_EQ(engine.ok(), enough);
         if (!enough) {
           EXPECT_EQ(engine.status().code(), StatusCode::kResourceExhausted);
         }
-        EXPECT_EQ(counting.taken_bytes, engine_activation_bytes(model.config, config))
+        EXPECT_EQ(counting.taken_bytes, engine_activation_bytes(model.config, config) + kv_bytes)
             << tiny.name << ", rows " << rows;
       }
       BudgetLimits limits;
@@ -248,7 +252,9 @@ TEST(EngineMemory, BadConfigsNameTheField) {
 
 TEST(KvPool, BlocksOfAllLayersAreApart) {
   const Model model = parse_tiny(tiny_models()[0]);
-  auto pool = KvPool::make(model.config, 5, 16);
+  const auto host = open_device("cpu", {.num_threads = 1});
+  ASSERT_TRUE(host.ok());
+  const auto pool = KvPool::make(model.config, {5, 16, model.config.num_layers, Memory::kMapped}, *host.value());
   ASSERT_TRUE(pool.ok());
   const AttentionConfig& attention = model.config.attention;
   const auto each = [&](auto visit) {

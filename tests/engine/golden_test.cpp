@@ -72,14 +72,17 @@ struct Found {
 };
 
 // After a layer its router's choice still stands in the pass's tables.
-void collect_experts(const ModelConfig& config, Pass& pass, int32_t layer, Found& found) {
+void collect_experts(EngineBox& box, Pass& pass, int32_t layer, Found& found) {
+  const ModelConfig& config = box.model().config;
   if (config.layers[layer] == LayerKind::kDense) return;
   const auto moe_layer = std::count(config.layers.begin(), config.layers.begin() + layer, LayerKind::kMoe);
-  const auto& state = static_cast<const RunningPass&>(pass.state());
-  const RowViews rows = state.rows(state.halves()[0]);
-  for (int32_t row = 0; row < rows.experts.rows; ++row) {
-    const int32_t* chosen = rows.experts.row(row);
-    found.experts[moe_layer].emplace_back(chosen, chosen + rows.experts.cols);
+  auto& state = static_cast<RunningPass&>(pass.state());
+  state.clock().join();
+  const Matrix<int32_t> experts = state.rows(state.halves()[0]).experts;
+  std::vector<int32_t> chosen(static_cast<size_t>(experts.rows) * experts.cols);
+  box.read(chosen.data(), experts.data, static_cast<int64_t>(chosen.size() * sizeof(int32_t)));
+  for (auto row = chosen.begin(); row != chosen.end(); row += experts.cols) {
+    found.experts[moe_layer].emplace_back(row, row + experts.cols);
   }
 }
 
@@ -113,7 +116,7 @@ Found run_prompt(EngineBox& box, const std::vector<int32_t>& tokens, int32_t chu
     Pass pass = box.engine().begin({&sequence, 1}, box.plan(1));
     for (int32_t layer = 0; layer < config.num_layers; ++layer) {
       EXPECT_EQ(box.engine().advance(pass), layer + 1 < config.num_layers);
-      collect_experts(config, pass, layer, found);
+      collect_experts(box, pass, layer, found);
     }
     const SequenceOutput output = std::move(box.engine().finish(std::move(pass)).sequences.at(0));
     for (const ScoredToken& scored : output.prompt_scores) found.logprobs.push_back(by_token(scored));

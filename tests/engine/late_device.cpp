@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "base/check.h"
-#include "kernels/ops.h"
+#include "kernels/op_ranges.h"
 
 namespace moed {
 namespace {
@@ -32,7 +32,11 @@ struct Queue {
 class LateEvent final : public Event {
  public:
   LateEvent(Queue& queue, std::shared_ptr<Event> inner) : queue_(queue), inner_(std::move(inner)) {}
-  bool done() const override { return queue_.num_run >= at_; }
+  // Who looks again and again gets there.
+  bool done() const override {
+    if (queue_.num_run < at_) queue_.run_to(queue_.num_run + 1);
+    return queue_.num_run >= at_;
+  }
   Status join() override {
     queue_.run_to(at_);
     return inner_->join();
@@ -64,47 +68,21 @@ class LateStream final : public Stream {
   Stream& host_;
 };
 
-class LateOps final : public Ops {
+class LateOps final : public QueuedOps {
  public:
   LateOps(Queue& queue, Ops& ops, Stream& host) : queue_(queue), ops_(ops), host_(host) {}
   Status reserve(const OpLimits& limits) override { return ops_.reserve(limits); }
-  void embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<float> out, Stream&) override {
-    queue_.push([=, this] { ops_.embed(tokens, table, out, host_); });
-  }
-  void rms_norm(Matrix<const float> x, std::span<const int32_t> rows, const float* weight, float eps, Matrix<Bf16> out,
-                Stream&) override {
-    queue_.push([=, this] { ops_.rms_norm(x, rows, weight, eps, out, host_); });
-  }
-  void linear(Matrix<const Bf16> x, const LinearWeights& weights, bool accumulate, Matrix<float> y, Stream&) override {
-    queue_.push([=, this] { ops_.linear(x, weights, accumulate, y, host_); });
-  }
-  void rope_append(const RopeAppend& args, Stream&) override {
-    queue_.push([=, this] { ops_.rope_append(args, host_); });
-  }
-  void attention(const Attention& args, Stream&) override {
-    queue_.push([=, this] { ops_.attention(args, host_); });
-  }
-  void route(const Route& args, Stream&) override {
-    queue_.push([=, this] { ops_.route(args, host_); });
-  }
-  // The list of works is the caller's alone during the call; the pairs that they name are mapped.
-  void expert_ffn(const ExpertFfn& args, Stream&) override {
-    queue_.push([this, args, works = std::vector<ExpertWork>(args.works.begin(), args.works.end())] {
-      ExpertFfn late = args;
-      late.works = works;
-      ops_.expert_ffn(late, host_);
-    });
-  }
-  void combine(const Combine& args, Stream&) override {
-    queue_.push([=, this] { ops_.combine(args, host_); });
-  }
 
  private:
+  void enqueue(OpCall call, Stream&) override {
+    queue_.push([this, late = std::move(call)]() mutable { run_op(late, ops_, host_); });
+  }
   Queue& queue_;
   Ops& ops_;
   Stream& host_;
 };
 
+// Its memory is the host's; the host lane runs at once.
 class LateDevice final : public Device {
  public:
   explicit LateDevice(std::unique_ptr<Device> host)
@@ -115,6 +93,9 @@ class LateDevice final : public Device {
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<LateStream>(queue_, *stream_); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<LateEvent>(queue_, host_->make_event()); }
   Ops& ops() override { return ops_; }
+  Ops& host_ops() override { return host_->host_ops(); }
+  Stream& host_stream() override { return host_->host_stream(); }
+  std::unique_ptr<HostAttention> make_host_attention() override { return host_->make_host_attention(); }
 
  private:
   // Buffers are the host device's and go back to it.
