@@ -300,6 +300,44 @@ bool is_loopback(std::string_view host) {
   return host == "localhost" || host == "::1" || host == "[::1]" || host.starts_with("127.");
 }
 
+// What only a device with memory of its own can do.
+Status check_device(const Settings& settings) {
+  const auto refused = [](std::string path, const std::string& value, std::string_view instead) {
+    return invalid_argument(
+        fmt::format("{} is {}, but device.device is cpu, which has no memory of its own: {}", path, value, instead),
+        path);
+  };
+  const Settings::Device& device = settings.device;
+  if (device.device.starts_with("simulated")) {
+    return invalid_argument(
+        fmt::format("device.device is {}, but a simulated device computes nothing and cannot serve: use emulated",
+                    device.device),
+        "device.device");
+  }
+  const Settings::Placement& placement = settings.placement;
+  const double device_kv_gib = settings.memory.device_kv_gib;
+  if (device_kv_gib != 0 && placement.kv != "device" && placement.kv != "split" && placement.policy != "device") {
+    return invalid_argument(fmt::format("memory.device_kv_gib is {}, but placement.kv is {}: no KV lies on the device",
+                                        device_kv_gib, placement.kv),
+                            "memory.device_kv_gib");
+  }
+  if (device.device != "cpu") return Status();
+  if (device.device_memory_gib != 0) {
+    return refused("device.device_memory_gib", fmt::format("{}", device.device_memory_gib),
+                   "leave it 0; memory.kv_gib bounds the KV cache");
+  }
+  if (placement.policy != "auto" && placement.policy != "host") {
+    return refused("placement.policy", placement.policy, "use auto or host");
+  }
+  if (placement.kv != "auto" && placement.kv != "host")
+    return refused("placement.kv", placement.kv, "use auto or host");
+  if (!placement.resident_experts.empty()) return refused("placement.resident_experts", "set", "leave it out");
+  if (placement.ring_slots != 0) {
+    return refused("placement.ring_slots", fmt::format("{}", placement.ring_slots), "leave it 0");
+  }
+  return Status();
+}
+
 Status check_together(const Settings& settings) {
   if (settings.model.path.empty()) {
     return invalid_argument("no model: name the checkpoint's folder with --model, MOED_MODEL or model.path",
@@ -314,15 +352,7 @@ Status check_together(const Settings& settings) {
             server.host),
         "server.host");
   }
-  const Settings::Device& device = settings.device;
-  if (device.device == "cpu" && device.device_memory_gib != 0) {
-    return invalid_argument(
-        fmt::format("device.device_memory_gib is {}, but device.device is cpu, which has no memory of its own: leave "
-                    "it 0; memory.kv_gib bounds the KV cache",
-                    device.device_memory_gib),
-        "device.device_memory_gib");
-  }
-  return Status();
+  return check_device(settings);
 }
 
 // The file, the environment and the flags, one over the other.

@@ -40,9 +40,18 @@ struct Settings {
   } device;
 
   struct Memory {
-    double kv_gib = 0;  // 0: chosen from what is free
+    double kv_gib = 0;         // of host memory; 0: chosen from what is free
+    double device_kv_gib = 0;  // of the device's; 0: chosen from what is left
     bool prefix_cache = true;
   } memory;
+
+  struct Placement {
+    std::string policy = "auto";                // plan/policies.cpp lists them
+    std::string kv = "auto";                    // auto | host | device | split
+    std::vector<std::string> resident_experts;  // one number, or "layer:expert" and "layer:first-last"
+    int64_t halves = 1;
+    int64_t ring_slots = 0;  // 0: what device memory holds
+  } placement;
 
   struct Scheduler {
     int64_t bulk_rows_min = 64;   // a prefill of more rows runs in a bulk pass

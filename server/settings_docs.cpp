@@ -17,6 +17,7 @@ std::string_view section_title(std::string_view section) {
   if (section == "server") return "The server";
   if (section == "device") return "The device";
   if (section == "memory") return "Memory";
+  if (section == "placement") return "Placement of experts and KV";
   if (section == "scheduler") return "Scheduling";
   if (section == "limits") return "Limits of a request";
   return section;

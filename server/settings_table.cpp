@@ -48,7 +48,7 @@ const SettingRow kRows[] = {
      "trace|debug|info|warn|error"},
     {"server.log_json", at<&S::server, &S::Server::log_json>, "Write the log as JSON, one object a line"},
 
-    {"device.device", at<&S::device, &S::Device::device>, "Device that runs the model: cpu or emulated"},
+    {"device.device", at<&S::device, &S::Device::device>, "Device that runs the model: cpu, emulated or emulated:FILE"},
     {"device.device_memory_gib", at<&S::device, &S::Device::device_memory_gib>,
      "Cap on the device's memory in GiB; 0: none (4 GiB on emulated), and so it must be on cpu", 0, kGibMax},
     {"device.threads", at<&S::device, &S::Device::threads>,
@@ -57,9 +57,34 @@ const SettingRow kRows[] = {
      "One kernel and one order of sums whatever the batch: the same tokens, slower"},
 
     {"memory.kv_gib", at<&S::memory, &S::Memory::kv_gib>,
-     "Memory of the KV cache in GiB; 0: what is free, at most 16 full contexts", 0, kGibMax},
+     "Host memory of the KV cache in GiB; 0: what is free, at most 16 full contexts", 0, kGibMax},
+    {"memory.device_kv_gib", at<&S::memory, &S::Memory::device_kv_gib>,
+     "Device memory of the KV cache in GiB, where placement.kv puts it there; 0: a quarter of what dense weights "
+     "leave, "
+     "at most 16 full contexts",
+     0, kGibMax},
     {"memory.prefix_cache", at<&S::memory, &S::Memory::prefix_cache>,
      "Keep the KV of finished requests for prompts that begin alike"},
+
+    {"placement.policy", at<&S::placement, &S::Placement::policy>,
+     "Where experts run. host: all on the CPU. device: all in device memory. stream: every layer's experts come "
+     "through "
+     "the ring in order, for many rows a pass. hot: those most asked for stay in device memory, others are copied or "
+     "run on the CPU, as costs say. auto: hot where the device has memory of its own, else host",
+     0, 0, "auto|host|device|stream|hot"},
+    {"placement.kv", at<&S::placement, &S::Placement::kv>,
+     "Where the KV cache lives, and so where attention runs; split: on the device while a prompt fits there, else on "
+     "the host; auto: device under the policy of that name, else host",
+     0, 0, "auto|host|device|split"},
+    {"placement.resident_experts", at<&S::placement, &S::Placement::resident_experts>,
+     "Experts that never leave device memory: one number (the first so many of each layer), or elements layer:expert "
+     "and layer:first-last; none: those most asked for stay by themselves"},
+    {"placement.halves", at<&S::placement, &S::Placement::halves>,
+     "Parts of a pass that take turns, so that attention on the CPU overlaps the device's products of the other; two "
+     "read the weights twice",
+     1, 2},
+    {"placement.ring_slots", at<&S::placement, &S::Placement::ring_slots>,
+     "Experts that device memory holds at once, resident ones counted; 0: as many as fit", 0, 1 << 24},
 
     {"scheduler.bulk_rows_min", at<&S::scheduler, &S::Scheduler::bulk_rows_min>,
      "A prefill of more rows runs in a bulk pass, which lets running answers go first", 1, 1 << 20},

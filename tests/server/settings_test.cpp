@@ -201,6 +201,44 @@ TEST(SettingsTest, DeviceMemoryNeedsADeviceThatHasSome) {
   EXPECT_EQ(load_ok({"--model", "m", "--device", "cuda:0", "--device-memory-gib", "8"}).device.device_memory_gib, 8.0);
 }
 
+TEST(SettingsTest, PlacementNeedsADeviceThatHasMemory) {
+  const auto with = [](Strings more) {
+    more.insert(more.begin(), {"--model", "m"});
+    return load(more);
+  };
+  expect_error(with({"--policy", "hot"}), {"placement.policy is hot, but device.device is cpu", "auto or host"});
+  expect_error(with({"--kv", "split"}), {"placement.kv is split", "cpu"});
+  expect_error(with({"--resident-experts", "4"}), {"placement.resident_experts is set", "cpu"});
+  expect_error(with({"--ring-slots", "4"}), {"placement.ring_slots is 4", "cpu", "leave it 0"});
+  expect_error(with({"--device", "emulated", "--device-kv-gib", "4"}),
+               {"memory.device_kv_gib is 4, but placement.kv is auto"});
+  expect_error(with({"--device", "simulated:f"}), {"device.device is simulated:f", "cannot serve"});
+  EXPECT_TRUE(with({"--policy", "host", "--kv", "host", "--halves", "2"}).ok());
+  EXPECT_TRUE(with({"--device", "emulated", "--policy", "device", "--device-kv-gib", "4"}).ok());
+  const auto loaded =
+      with({"--device", "emulated", "--policy", "stream", "--kv", "split", "--device-kv-gib", "0.5",
+            "--resident-experts", "1:0-3", "--resident-experts", "2:7", "--ring-slots", "12", "--halves", "2"});
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->settings.placement.policy, "stream");
+  EXPECT_EQ(loaded->settings.placement.kv, "split");
+  EXPECT_EQ(loaded->settings.placement.resident_experts, (Strings{"1:0-3", "2:7"}));
+  EXPECT_EQ(loaded->settings.placement.ring_slots, 12);
+  EXPECT_EQ(loaded->settings.placement.halves, 2);
+  EXPECT_EQ(loaded->settings.memory.device_kv_gib, 0.5);
+}
+
+TEST_F(SettingsFileTest, PlacementInAFile) {
+  const auto loaded = load_file(
+      "[device]\ndevice = \"emulated\"\n[placement]\npolicy = \"hot\"\nresident_experts = [\"0:1\", \"2:0-3\"]\n");
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->settings.placement.resident_experts, (Strings{"0:1", "2:0-3"}));
+  expect_error(load_file("[placement]\npolicy = \"fast\"\n"),
+               {"moed.toml:2", "placement.policy is 'fast'", "auto, host, device, stream or hot"});
+  expect_error(load_file("[placement]\nkv = \"disk\"\n"), {"placement.kv is 'disk'", "auto, host, device or split"});
+  expect_error(load_file("[placement]\nhalves = 3\n"), {"placement.halves is 3", "an integer from 1 to 2"});
+  expect_error(load_file("[placement]\nring_slots = -1\n"), {"placement.ring_slots is -1", "from 0 to 16777216"});
+}
+
 StatusOr<HealthTarget> health_target(const Strings& args, const Strings& environment = {}) {
   std::vector<const char*> pointers;
   for (const std::string& entry : environment) pointers.push_back(entry.c_str());
