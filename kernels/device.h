@@ -80,6 +80,18 @@ class Stream {
   virtual void wait(const Event& event) = 0;
 };
 
+// What the parts of a device did since it was opened, as far as it counts: the time that each was busy, and bytes.
+struct DeviceTotals {
+  double kernels_us = 0.0;
+  double up_us = 0.0;    // copies to the device
+  double down_us = 0.0;  // and back
+  double host_us = 0.0;  // ops of the host lane
+  int64_t device_bytes = 0;
+  int64_t up_bytes = 0;  // over the link, by copies and kernels
+  int64_t down_bytes = 0;
+  int64_t host_bytes = 0;  // of host DRAM, by the host lane
+};
+
 // A place that computes: its memory, its streams, its kernels. Serving thread only, but for allocate(), which belongs
 // to start-up.
 class Device {
@@ -111,6 +123,8 @@ class Device {
   virtual void unpin(std::byte* /*data*/) {}
   // Microseconds on the clock that the device's work is measured by: the steady clock, or a simulated one.
   virtual double now_us() const;
+  // Zeroes where it does not count.
+  virtual DeviceTotals totals() const { return {}; }
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races
   // checks it, others do nothing.
   virtual void host_access(const void*, int64_t /*bytes*/, Access) {}
@@ -137,6 +151,7 @@ struct DeviceOptions {
   std::string_view isa;        // "": the best the CPU has; else "avx512_bf16", "avx512", "avx2" or "portable"
   double memory_gib = 0.0;     // of the device's own memory; 0: as the device has. The host device has none of its own
   uint64_t seed = 0;           // of what an emulated device leaves to chance
+  std::string_view router;     // what a simulated device's router answers: "zipf:1.0" (RouterSource); "": uniform
   std::string_view faults;     // for tests: what goes wrong on an emulated device, "copy:17,memory:5" (Faults)
 };
 

@@ -4,6 +4,7 @@
 #include "kernels/emulated/emulated_device.h"
 #include "kernels/host/host_device.h"
 #include "kernels/machine_file.h"
+#include "kernels/simulated/simulated_device.h"
 
 namespace moed {
 namespace {
@@ -38,6 +39,7 @@ struct DeviceKind {
 constexpr DeviceKind kDevices[] = {
     {"cpu", &open_host_device, "", nullptr},
     {"emulated", &open_emulated_device, "FILE", &open_emulated_machine},
+    {"simulated", nullptr, "FILE", &open_simulated_device},
 };
 
 }  // namespace

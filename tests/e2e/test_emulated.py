@@ -47,7 +47,7 @@ def test_together_and_cancelled(client):
 
 
 @pytest.mark.parametrize("flags, wanted", [
-    (["--device", "emulated:machine.toml"], "machine files are not read yet"),
+    (["--device", "emulated:machine.toml"], "cannot read this machine file"),
     (["--device", "emulated", "--device-memory-gib", "0.001"], "of 0.001 GiB are taken"),
 ])
 def test_refusals(tiny_model, flags, wanted):

@@ -80,13 +80,6 @@ TEST(EmulatedDevice, SaysWhatItIsAndIsNoHost) {
   EXPECT_EQ(device->description().find("emulated: 0.25 GiB, cpu: "), 0U) << device->description();
 }
 
-TEST(EmulatedDevice, MachineFilesAreRefused) {
-  const auto device = open_device("emulated:rtx4090.toml", {});
-  ASSERT_FALSE(device.ok());
-  EXPECT_EQ(device.status().code(), StatusCode::kInvalidArgument);
-  EXPECT_NE(device.status().message().find("machine files are not read yet"), std::string::npos);
-}
-
 TEST(EmulatedDevice, OddAmountsOfMemoryAreRefused) {
   for (const double gib : {-1.0, 1e9}) {
     const auto device = open_device("emulated", {.num_threads = 1, .memory_gib = gib});
