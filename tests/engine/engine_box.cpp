@@ -1,6 +1,7 @@
 #include "tests/engine/engine_box.h"
 
 #include <algorithm>
+#include <array>
 #include <numeric>
 
 #include "base/check.h"
@@ -46,6 +47,7 @@ struct Progress {
   SequenceId id = 0;
   std::vector<int32_t> tokens;
   int32_t num_cached = 0;
+  Pool pool = Pool::kHost;  // chosen with the first block
   std::vector<int32_t> blocks;
   bool in_pass = false;
   int32_t num_new = 0;  // while in a pass
@@ -69,6 +71,7 @@ struct Progress {
     sequence.num_new = rows;
     sequence.prompt_logprobs = job->prompt_logprobs;
     sequence.num_prompt_top = std::max(0, job->sampling.num_logprobs);
+    sequence.pool = pool;
     sequence.blocks = blocks;
     if (rows == rows_left() && job->num_generate > 0) sequence.sampling = &job->sampling;
     return sequence;
@@ -94,9 +97,13 @@ struct Progress {
 class Crowd {
  public:
   Crowd(EngineBox& box, std::span<const Job> jobs, uint64_t seed, CrowdCounts& counts)
-      : box_(box), random_(seed), counts_(counts), free_(box.config().kv_blocks) {
-    std::iota(free_.begin(), free_.end(), 0);
-    std::shuffle(free_.begin(), free_.end(), random_);
+      : box_(box), random_(seed), counts_(counts) {
+    free_of(Pool::kHost).resize(box.config().kv_blocks);
+    free_of(Pool::kDevice).resize(box.config().device_kv_blocks);
+    for (std::vector<int32_t>& free : free_) {
+      std::iota(free.begin(), free.end(), 0);
+      std::shuffle(free.begin(), free.end(), random_);
+    }
     for (const Job& job : jobs) progress_.emplace_back(job, 1000 + static_cast<SequenceId>(progress_.size()));
   }
 
@@ -116,6 +123,7 @@ class Crowd {
   }
 
  private:
+  std::vector<int32_t>& free_of(Pool pool) { return free_[pool == Pool::kHost ? 0 : 1]; }
   bool coin(int sides) { return random_() % sides == 0; }
   int32_t below(int32_t count) { return static_cast<int32_t>(random_() % count); }
 
@@ -134,10 +142,14 @@ class Crowd {
       const int32_t rows = coin(2) ? most : 1 + below(most);
       const int32_t block_tokens = box_.config().block_tokens;
       const int32_t blocks = (progress->num_cached + rows + block_tokens - 1) / block_tokens;
-      MOED_CHECK(blocks - static_cast<int32_t>(progress->blocks.size()) <= static_cast<int32_t>(free_.size()));
+      if (progress->blocks.empty()) {
+        progress->pool = box_.config().device_kv_blocks > 0 && coin(2) ? Pool::kDevice : Pool::kHost;
+      }
+      std::vector<int32_t>& free = free_of(progress->pool);
+      MOED_CHECK(blocks - static_cast<int32_t>(progress->blocks.size()) <= static_cast<int32_t>(free.size()));
       while (static_cast<int32_t>(progress->blocks.size()) < blocks) {
-        progress->blocks.push_back(free_.back());
-        free_.pop_back();
+        progress->blocks.push_back(free.back());
+        free.pop_back();
       }
       progress->num_new = rows;
       rows_left -= rows;
@@ -151,6 +163,9 @@ class Crowd {
     for (Progress* progress : members) sequences.push_back(progress->step(progress->num_new));
     const auto size = static_cast<int32_t>(sequences.size());
     const int32_t split = coin(3) ? 1 + below(size) : size;
+    const auto on_device = [](const Progress* progress) { return progress->pool == Pool::kDevice; };
+    const auto num_on_device = std::count_if(members.begin(), members.end(), on_device);
+    counts_.num_mixed += num_on_device > 0 && num_on_device < size ? 1 : 0;
     counts_.num_splits += split > 0 && split < size ? 1 : 0;
     return box_.engine().begin(sequences, box_.plan(split));
   }
@@ -167,8 +182,9 @@ class Crowd {
     const auto victim = members.begin() + below(static_cast<int32_t>(members.size()));
     Progress& progress = **victim;
     box_.engine().drop(pass, progress.id);
+    std::vector<int32_t>& free = free_of(progress.pool);
     for (const int32_t block : progress.blocks)
-      free_.insert(free_.begin() + below(static_cast<int32_t>(free_.size()) + 1), block);
+      free.insert(free.begin() + below(static_cast<int32_t>(free.size()) + 1), block);
     progress.blocks.clear();
     progress.in_pass = false;
     progress.num_cached = 0;
@@ -203,7 +219,7 @@ class Crowd {
   EngineBox& box_;
   std::mt19937_64 random_;
   CrowdCounts& counts_;
-  std::vector<int32_t> free_;
+  std::array<std::vector<int32_t>, 2> free_;  // of each pool
   std::vector<Progress> progress_;
   Pass bulk_;
   std::vector<Progress*> bulk_members_;
@@ -238,7 +254,8 @@ void EngineBox::read(void* target, const void* source, int64_t bytes) {
   MOED_CHECK(copied->join().ok()) << "a copy of " << bytes << " bytes failed";
 }
 
-StepPlan EngineBox::plan(int32_t split) const {
+StepPlan EngineBox::plan(int32_t split) {
+  if (planner_) return planner_(model_.config, split);
   StepPlan plan;
   plan.split = split;
   plan.layers.assign(model_.config.num_layers, LayerMode::kRouted);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <random>
 #include <span>
@@ -28,8 +29,10 @@ class EngineBox {
   const EngineConfig& config() const { return config_; }
   // Bytes of device memory, when the host has waited for what wrote them.
   void read(void* target, const void* source, int64_t bytes);
-  // A plan with the second half beginning at `split`.
-  StepPlan plan(int32_t split) const;
+  // A plan with the second half beginning at `split`: routed layers, all on the host, or what the planner says.
+  StepPlan plan(int32_t split);
+  using Planner = std::function<StepPlan(const ModelConfig& model, int32_t split)>;
+  void set_planner(Planner planner) { planner_ = std::move(planner); }
 
  private:
   Model model_;
@@ -38,6 +41,7 @@ class EngineBox {
   DenseWeights weights_;
   ExpertStore experts_;
   std::unique_ptr<Engine> engine_;
+  Planner planner_;
 };
 
 struct TinyModel {
@@ -61,12 +65,14 @@ struct Answer {
 };
 // Alone, the whole prompt in chunks of `chunk_rows`, then token by token.
 Answer run_alone(EngineBox& box, const Job& job, int32_t chunk_rows);
-// All at once: random chunks, batches, splits and blocks; a bulk pass that rests between layers while interactive
-// passes run; sequences that are dropped between layers, lose their blocks to others at once, and begin anew.
+// All at once: random chunks, batches, splits, blocks and, where the engine has two, KV pools; a bulk pass that rests
+// between layers while interactive passes run; sequences that are dropped between layers, lose their blocks to others
+// at once, and begin anew.
 struct CrowdCounts {
   int num_drops = 0;
   int num_interrupts = 0;  // interactive passes that ran between layers of a bulk one
   int num_splits = 0;
+  int num_mixed = 0;  // passes with KV in both pools
 };
 std::vector<Answer> run_crowd(EngineBox& box, std::span<const Job> jobs, uint64_t seed, CrowdCounts& counts);
 

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <random>
+#include <span>
+
+#include "tests/engine/engine_box.h"
+
+namespace moed {
+
+// The experts of a model, all layers.
+std::vector<ExpertId> all_experts(const ModelConfig& model);
+
+// How an engine is set up and what its plans say: the policies that the planner will have, as plans.
+struct PolicyCase {
+  const char* name;
+  LayerMode mode;
+  ExpertCosts costs;
+  int resident_percent;  // of the experts, always in device memory
+  int slots_percent;     // of the experts, beside the resident ones
+};
+std::span<const PolicyCase> policy_cases();
+// Fills in the ring.
+EngineConfig config_of(const PolicyCase& policy, const ModelConfig& model, EngineConfig config);
+EngineBox::Planner planner_of(const PolicyCase& policy);
+
+// A ring of random size, from the smallest to all experts, with a random resident set.
+RingConfig random_ring(const ModelConfig& model, std::mt19937_64& random);
+// Plans that are valid and else anything: modes, costs with infinities, prefetches.
+EngineBox::Planner random_planner(uint64_t seed);
+
+}  // namespace moed
