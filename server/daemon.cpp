@@ -115,6 +115,7 @@ SchedulerConfig Daemon::scheduler_config(const MemoryBudget& budget) const {
   SchedulerConfig config;
   config.block_tokens = kKvBlockTokens;
   config.num_blocks = budget.kv_blocks;
+  config.max_model_len = budget.max_model_len;
   config.pass_rows_max = static_cast<int32_t>(settings_.scheduler.pass_rows_max);
   config.sequences_max = static_cast<int32_t>(settings_.scheduler.sequences_max);
   config.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);
@@ -155,6 +156,7 @@ Status Daemon::load(const BackendFactory& factory) {
   context.limits = settings_.limits;
 
   const SchedulerConfig scheduling = scheduler_config(budget);
+  MOED_RETURN_IF_ERROR(validate(scheduling));
   metrics_.set_cache(scheduling.block_tokens, scheduling.num_blocks, scheduling.prefix_cache);
   loaded->scheduler = std::make_unique<Scheduler>(scheduling);
   ServingConfig serving;
