@@ -23,6 +23,8 @@ OpenedEngine::OpenedEngine(std::unique_ptr<Device> device) : device_(std::move(d
 
 OpenedEngine::~OpenedEngine() = default;
 
+int64_t OpenedEngine::device_memory_bytes() const { return device_->is_host() ? 0 : device_->memory_bytes(); }
+
 std::string_view OpenedEngine::description() const { return device_->description(); }
 
 }  // namespace moed

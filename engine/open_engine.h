@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstdint>
 #include <memory>
 #include <string>
 
@@ -25,6 +26,8 @@ class OpenedEngine {
   Status start(const Model& model, const DenseWeights& weights, const ExpertStore& experts, const EngineConfig& config);
   // REQUIRES: started.
   Engine& engine() { return *engine_; }
+  // What the device may give out of memory of its own; 0: it has none.
+  int64_t device_memory_bytes() const;
   // "cpu: AMD EPYC, avx512_bf16, 2 threads"
   std::string_view description() const;
 

@@ -14,6 +14,7 @@ constexpr int64_t kRoundingBytesMax = 256 * kMiB;
 // What KV and staging may take, by default, of what experts want as well.
 constexpr int64_t kKvShare = 4;
 constexpr int64_t kStagingShare = 8;
+constexpr int64_t kStagingContexts = 2;
 // Beyond any device, but safe to multiply.
 constexpr double kKvGibMax = 1e6;
 
@@ -83,8 +84,9 @@ Status give_kv(const DeviceDemand& demand, bool slots_grow, DeviceBudget& budget
 void give_staging(const DeviceDemand& demand, DeviceBudget& budget) {
   if (demand.kv == KvPlacement::kDevice) return;
   const int64_t left = std::max<int64_t>(0, budget.memory_bytes - budget.total_bytes());
-  budget.staging_blocks = std::min(demand.context_blocks, left / kStagingShare / demand.block_bytes);
-  budget.staging_bytes = budget.staging_blocks * demand.block_bytes;
+  budget.staging_blocks =
+      std::min(kStagingContexts * demand.context_blocks, left / kStagingShare / demand.staging_block_bytes);
+  budget.staging_bytes = budget.staging_blocks * demand.staging_block_bytes;
 }
 
 }  // namespace

@@ -12,10 +12,11 @@ namespace moed {
 struct DeviceDemand {
   int64_t dense_weight_bytes = 0;  // all of them, or start-up is refused
   int64_t activation_bytes = 0;
-  int64_t block_bytes = 0;     // of KV, all layers
-  int64_t context_blocks = 0;  // that the longest sequence takes
-  int64_t useful_blocks = 0;   // a KV pool of fewer, where it is the only one, serves nobody
-  int64_t contexts_max = 0;    // that KV is worth holding
+  int64_t block_bytes = 0;          // of KV, all layers
+  int64_t staging_block_bytes = 0;  // of KV, one layer
+  int64_t context_blocks = 0;       // that the longest sequence takes
+  int64_t useful_blocks = 0;        // a KV pool of fewer, where it is the only one, serves nobody
+  int64_t contexts_max = 0;         // that KV is worth holding
   KvPlacement kv = KvPlacement::kHost;
   double kv_gib = 0.0;        // of pool kDevice; 0: chosen
   int64_t expert_bytes = 0;   // of one
@@ -32,7 +33,7 @@ struct DeviceBudget {
   int64_t dense_weight_bytes = 0;
   int64_t activation_bytes = 0;
   int64_t kv_bytes = 0;
-  int64_t staging_bytes = 0;   // KV of prompts whose pool is the host's, while they prefill
+  int64_t staging_bytes = 0;   // one layer's KV of prompts whose pool is the host's, while the layer runs
   int64_t slot_bytes = 0;      // of all slots for experts
   int64_t rounding_bytes = 0;  // left to what allocations are rounded up to
   int64_t kv_blocks = 0;

@@ -146,6 +146,7 @@ DeviceDemand device_demand(const ModelConfig& config, const BudgetLimits& limits
   return {.dense_weight_bytes = budget.dense_weight_bytes,
           .activation_bytes = budget.activation_bytes,
           .block_bytes = config.kv_bytes_per_token() * limits.block_tokens,
+          .staging_block_bytes = config.kv_bytes_per_token() / config.num_layers * limits.block_tokens,
           .context_blocks = blocks_of(context_tokens, limits),
           .useful_blocks = blocks_of(context_min, limits),
           .contexts_max = std::min<int64_t>(limits.sequences_max, kContextsDefault),

@@ -7,6 +7,8 @@
 #include <limits>
 #include <optional>
 
+#include "plan/memory_budget.h"
+
 namespace moed {
 namespace {
 
@@ -47,6 +49,10 @@ std::vector<ExpertId> absent_experts(const PolicyInput& input) {
   return absent;
 }
 
+bool all_resident(const PolicyInput& input) {
+  return static_cast<int64_t>(input.residency.resident.size()) == num_routed_experts(input.config);
+}
+
 StepPlan plan_host(const PolicyInput& input) {
   StepPlan plan = empty_plan(input, LayerMode::kRouted);
   plan.costs.copy_us = plan.costs.device_row_us = kInfinity;
@@ -71,6 +77,7 @@ StepPlan plan_stream(const PolicyInput& input) {
 // of a layer's experts that some row will ask for, and the share of those that host and link, ending together, stream.
 StepPlan plan_hot(const PolicyInput& input) {
   if (input.residency.num_slots == 0) return plan_host(input);
+  if (all_resident(input)) return plan_device(input);
   StepPlan plan = empty_plan(input, LayerMode::kRouted);
   const double row_share = static_cast<double>(input.config.moe.router.top_k) / input.config.moe.num_experts;
   const double wanted_share = 1.0 - std::pow(1.0 - row_share, input.shape.num_rows);
@@ -248,6 +255,17 @@ StatusOr<Placement> resolve_placement(const PlacementRequest& request, const Mod
   }
   MOED_ASSIGN_OR_RETURN(placement.resident, parse_resident(request.resident_experts, config));
   return placement;
+}
+
+Planning make_planning(const Placement& placement, const ModelConfig& config, bool has_device, int64_t num_slots) {
+  Planning planning{.policy = placement.policy, .kv = placement.kv, .halves = placement.halves};
+  planning.residency.has_device = has_device;
+  planning.residency.num_slots = static_cast<int32_t>(num_slots);
+  planning.residency.resident = placement.resident;
+  if (num_slots > 0 && num_slots >= num_routed_experts(config) && placement.policy->cache) {
+    planning.residency.resident = first_of_each_layer(config.moe.num_experts, config).value();
+  }
+  return planning;
 }
 
 int32_t balanced_split(std::span<const int64_t> attended_tokens, int32_t halves) {

@@ -48,7 +48,7 @@ struct Policy {
   bool cache;         // experts that came stay until their slots are needed
 };
 
-// A row a policy.
+// A row a policy; "host" first.
 std::span<const Policy> policies();
 
 std::string_view name_of(KvPlacement placement);
@@ -70,6 +70,18 @@ struct Placement {
   int32_t ring_slots = 0;          // 0: what device memory holds
   std::vector<ExpertId> resident;  // ascending; empty also where all_resident
 };
+
+// How passes are planned while the daemon runs.
+struct Planning {
+  const Policy* policy = &policies().front();
+  KvPlacement kv = KvPlacement::kHost;
+  int32_t halves = 1;
+  Residency residency;
+  MachineRates rates;
+};
+
+// num_slots: what the memory budget granted. Where they hold all experts, all are resident.
+Planning make_planning(const Placement& placement, const ModelConfig& config, bool has_device, int64_t num_slots);
 
 // policy "auto": hot where the device has memory of its own, else host. kv "auto": device under the policy of that
 // name, else host. resident_experts: one number (the first so many of each layer), or any of "layer:expert" and

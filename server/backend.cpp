@@ -21,15 +21,18 @@ namespace {
 constexpr double kPriorBytesPerUs = 10'000.0;
 constexpr double kPriorFlopsPerUsPerThread = 100'000.0;
 constexpr uint64_t kDummySeed = 1;
+// Slots of device memory for experts that pass through: one is read while the next fills.
+constexpr int32_t kSlotsPerHalf = 2;
 
 class LoadedBackend final : public Backend {
  public:
   LoadedBackend(std::unique_ptr<OpenedEngine> opened, DenseWeights weights, ExpertStore experts, MemoryBudget budget,
-                StepModel prior)
+                StepModel prior, Planning planning)
       : weights_(std::move(weights)),
         experts_(std::move(experts)),
         budget_(std::move(budget)),
         prior_(prior),
+        planning_(std::move(planning)),
         opened_(std::move(opened)) {}
 
   Status start(const Model& model, const EngineConfig& config) {
@@ -38,6 +41,7 @@ class LoadedBackend final : public Backend {
   Engine& engine() override { return opened_->engine(); }
   const MemoryBudget& budget() const override { return budget_; }
   StepModel prior() const override { return prior_; }
+  Planning planning() const override { return planning_; }
   std::string device_description() const override { return std::string(opened_->description()); }
 
  private:
@@ -45,6 +49,7 @@ class LoadedBackend final : public Backend {
   ExpertStore experts_;
   MemoryBudget budget_;
   StepModel prior_;
+  Planning planning_;
   std::unique_ptr<OpenedEngine> opened_;
 };
 
@@ -69,27 +74,60 @@ StatusOr<std::unique_ptr<TensorSource>> open_source(const Settings& settings, co
   return source;
 }
 
+PlacementRequest placement_request(const Settings& settings) {
+  const Settings::Placement& placement = settings.placement;
+  return {.policy = placement.policy,
+          .kv = placement.kv,
+          .resident_experts = placement.resident_experts,
+          .halves = static_cast<int32_t>(placement.halves),
+          .ring_slots = static_cast<int32_t>(placement.ring_slots)};
+}
+
+BudgetLimits budget_limits(const Settings& settings, const Placement& placement) {
+  return {.kv_gib = settings.memory.kv_gib,
+          .max_model_len = static_cast<int32_t>(settings.model.max_model_len),
+          .pass_rows_max = static_cast<int32_t>(settings.scheduler.pass_rows_max),
+          .sequences_max = static_cast<int32_t>(settings.scheduler.sequences_max),
+          .block_tokens = kKvBlockTokens,
+          .kv = placement.kv,
+          .device_kv_gib = settings.memory.device_kv_gib,
+          .experts_on_device = placement.policy->uses_device,
+          .all_experts_resident = placement.policy->all_resident,
+          .num_resident = static_cast<int32_t>(placement.resident.size()),
+          .passing_slots = kSlotsPerHalf * placement.halves,
+          .ring_slots = placement.ring_slots};
+}
+
+EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budget, const Planning& planning) {
+  EngineConfig config;
+  config.rows_max = limits.pass_rows_max;
+  config.sequences_max = limits.sequences_max;
+  config.max_model_len = budget.max_model_len;
+  // The engine has a host pool even where nothing is to lie in it.
+  config.kv_blocks = std::max<int64_t>(budget.kv_blocks, 1);
+  config.block_tokens = kKvBlockTokens;
+  config.device_kv_blocks = budget.device.kv_blocks;
+  config.staging_blocks = budget.device.staging_blocks;
+  config.ring.num_slots = static_cast<int32_t>(budget.device.num_slots);
+  config.ring.resident = planning.residency.resident;
+  config.ring.staging_slots =
+      std::min(limits.passing_slots, config.ring.num_slots - static_cast<int32_t>(config.ring.resident.size()));
+  config.ring.cache = planning.policy->cache;
+  return config;
+}
+
 }  // namespace
 
 MachineMemory machine_memory() {
-  MachineMemory memory{meminfo_bytes("MemAvailable"), "MemAvailable"};
+  MachineMemory memory{.host_free_bytes = meminfo_bytes("MemAvailable"), .source = "MemAvailable"};
   const int64_t headroom = cgroup_limits().memory_headroom_bytes;
-  if (headroom < memory.host_free_bytes) memory = {headroom, "cgroup memory.max"};
+  if (headroom < memory.host_free_bytes) memory = {.host_free_bytes = headroom, .source = "cgroup memory.max"};
   return memory;
 }
 
 StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
                                                 const LoadProgress& progress) {
   MOED_ASSIGN_OR_RETURN(const auto source, open_source(settings, model));
-
-  BudgetLimits limits;
-  limits.kv_gib = settings.memory.kv_gib;
-  limits.max_model_len = static_cast<int32_t>(settings.model.max_model_len);
-  limits.pass_rows_max = static_cast<int32_t>(settings.scheduler.pass_rows_max);
-  limits.sequences_max = static_cast<int32_t>(settings.scheduler.sequences_max);
-  limits.block_tokens = kKvBlockTokens;
-  MOED_ASSIGN_OR_RETURN(MemoryBudget budget, memory_budget(model.config, limits, machine_memory()));
-  spdlog::info("memory: {}", budget.describe());
 
   DeviceSpec device;
   device.device = settings.device.device;
@@ -98,6 +136,24 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   device.memory_gib = settings.device.device_memory_gib;
   MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(device));
   spdlog::info("device: {}", opened->description());
+
+  const bool has_device = opened->device_memory_bytes() > 0;
+  MOED_ASSIGN_OR_RETURN(const Placement placement,
+                        resolve_placement(placement_request(settings), model.config, has_device));
+  MachineMemory machine = machine_memory();
+  machine.device_bytes = opened->device_memory_bytes();
+  const BudgetLimits limits = budget_limits(settings, placement);
+  MOED_ASSIGN_OR_RETURN(MemoryBudget budget, memory_budget(model.config, limits, machine));
+  spdlog::info("memory: {}", budget.describe());
+  Planning planning = make_planning(placement, model.config, has_device, budget.device.num_slots);
+  const int threads = device.num_threads > 0 ? device.num_threads : default_compute_threads();
+  planning.rates.host_bytes = kPriorBytesPerUs;
+  planning.rates.host_flops = kPriorFlopsPerUsPerThread * threads;
+  if (has_device) {
+    spdlog::info("device memory: {}", budget.device.describe());
+    spdlog::info("placement: policy {}, KV {}, {} of {} experts resident", planning.policy->name, name_of(planning.kv),
+                 planning.residency.resident.size(), num_routed_experts(model.config));
+  }
 
   const int64_t total = budget.dense_weight_bytes + budget.expert_weight_bytes;
   int64_t loaded = 0;
@@ -108,16 +164,10 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
   MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, advance));
   MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, advance));
 
-  EngineConfig config;
-  config.rows_max = limits.pass_rows_max;
-  config.sequences_max = limits.sequences_max;
-  config.max_model_len = budget.max_model_len;
-  config.kv_blocks = budget.kv_blocks;
-  config.block_tokens = kKvBlockTokens;
-  const int threads = device.num_threads > 0 ? device.num_threads : default_compute_threads();
-  const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, kPriorFlopsPerUsPerThread * threads);
+  const EngineConfig config = engine_config(limits, budget, planning);
+  const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, planning.rates.host_flops);
   auto backend = std::make_unique<LoadedBackend>(std::move(opened), std::move(weights), std::move(experts),
-                                                 std::move(budget), prior);
+                                                 std::move(budget), prior, std::move(planning));
   MOED_RETURN_IF_ERROR(backend->start(model, config));
   return std::unique_ptr<Backend>(std::move(backend));
 }

@@ -9,6 +9,7 @@
 #include "engine/engine.h"
 #include "model/architectures.h"
 #include "plan/memory_budget.h"
+#include "plan/policies.h"
 #include "plan/step_model.h"
 #include "server/settings.h"
 
@@ -21,6 +22,8 @@ class Backend {
   virtual Engine& engine() = 0;
   virtual const MemoryBudget& budget() const = 0;
   virtual StepModel prior() const = 0;
+  // How passes are to be planned; by default as on a box without a device.
+  virtual Planning planning() const { return {}; }
   virtual std::string device_description() const = 0;
 };
 
@@ -29,8 +32,8 @@ using LoadProgress = std::function<void(int64_t loaded_bytes, int64_t total_byte
 using BackendFactory =
     std::function<StatusOr<std::unique_ptr<Backend>>(const Settings&, const Model&, const LoadProgress&)>;
 
-// The real one: checks the checkpoint, takes the memory that memory_budget() allows, loads the weights, opens the
-// device. Errors are one line with the arithmetic or the tensor at fault.
+// The real one: checks the checkpoint, opens the device, takes the memory that memory_budget() allows, loads the
+// weights. Errors are one line with the arithmetic or the tensor at fault.
 StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
                                                 const LoadProgress& progress);
 

@@ -19,6 +19,7 @@ DeviceDemand demand() {
   return {.dense_weight_bytes = kGiB,
           .activation_bytes = 256 * kMiB,
           .block_bytes = kMiB,
+          .staging_block_bytes = kMiB / 32,
           .context_blocks = 64,
           .useful_blocks = 16,
           .contexts_max = 16,
@@ -32,9 +33,9 @@ TEST(DeviceBudget, WhatIsLeftBecomesSlots) {
   const StatusOr<DeviceBudget> budget = device_budget(demand(), 4 * kGiB);
   ASSERT_TRUE(budget.ok()) << budget.status().message();
   EXPECT_EQ(budget->kv_blocks, 0);
-  EXPECT_EQ(budget->staging_blocks, 64);  // one context, less than an eighth of what is left
-  // 4096 - 1024 - 256 - 64 (rounding) - 64 (staging) MiB
-  EXPECT_EQ(budget->num_slots, 2688 / 100);
+  EXPECT_EQ(budget->staging_blocks, 128);  // two contexts, less than an eighth of what is left
+  // 4096 - 1024 - 256 - 64 (rounding) - 4 (staging) MiB
+  EXPECT_EQ(budget->num_slots, 2748 / 100);
   EXPECT_EQ(device_budget(demand(), 400 * kGiB)->num_slots, 100);
 }
 

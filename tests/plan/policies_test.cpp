@@ -135,6 +135,19 @@ TEST(Policies, EveryPlanIsValid) {
   }
 }
 
+TEST(Policies, WhereAllExpertsStandHotWaitsForNobody) {
+  const ModelConfig config = model(3, 8, 2);
+  const Planning planning = make_planning(*resolve_placement({}, config, true), config, true, 16);
+  EXPECT_EQ(planning.residency.resident.size(), 16U);
+  const StepPlan plan = plan_of("hot", AnyPass(1, 10), config, planning.residency);
+  EXPECT_TRUE(all_are(plan, LayerMode::kWhole));
+  EXPECT_TRUE(plan.prefetch.empty());
+  // Streaming stays what it says, and a slot too few leaves the choice to the cache.
+  EXPECT_TRUE(make_planning(*resolve_placement({.policy = "stream"}, config, true), config, true, 16)
+                  .residency.resident.empty());
+  EXPECT_TRUE(make_planning(*resolve_placement({}, config, true), config, true, 15).residency.resident.empty());
+}
+
 TEST(BalancedSplit, IsTheBestOfAllSplits) {
   std::mt19937 random(32);
   for (int i = 0; i < 500; ++i) {
