@@ -79,7 +79,7 @@ void MoeExecutor::run(int32_t layer, RunningPass& pass, const Half& half) {
     pass.clock().mark(Lane::kDense);
     return;
   }
-  route(work);
+  route(work, layer, work.rows.experts, work.rows.expert_weights);
   if (device_.is_host()) {
     run_on_host_device(work);
   } else if (streams(pass.plan()) && pass.plan().layers[layer] == LayerMode::kWhole) {
@@ -106,8 +106,8 @@ void MoeExecutor::run_dense(const Work& work) {
   ops_.combine({.y = args.y, .weights = {}, .choices = 1, .residual = rows.residual}, stream_);
 }
 
-void MoeExecutor::route(const Work& work) {
-  const LayerWeights& weights = weights_.layers[work.layer];
+void MoeExecutor::route(const Work& work, int32_t layer, Matrix<int32_t> experts, Matrix<float> expert_weights) {
+  const LayerWeights& weights = weights_.layers[layer];
   const RouterConfig& router = model_.moe.router;
   Route args;
   args.x = work.rows.normed;
@@ -121,8 +121,8 @@ void MoeExecutor::route(const Work& work) {
   args.correction_bias = weights.router_correction;
   args.shared = model_.moe.shared_intermediate_size > 0;
   if (args.shared) args.shared_gate = {weights.shared_router, nullptr, model_.hidden_size, 1};
-  args.experts = work.rows.experts;
-  args.weights = work.rows.expert_weights;
+  args.experts = experts;
+  args.weights = expert_weights;
   ops_.route(args, stream_);
 }
 
@@ -137,6 +137,25 @@ void MoeExecutor::group(const Work& work, bool mirror) {
     args.host_offsets = work.tables.host_offsets;
     args.host_pairs = work.rows.host_pairs;
   }
+  ops_.group(args, stream_);
+}
+
+bool MoeExecutor::wants_prediction(const Work& work) const {
+  const StepPlan& plan = work.pass.plan();
+  const int32_t next = work.layer + 1;
+  return streams(plan) && next < model_.num_layers && model_.layers[next] == LayerKind::kMoe &&
+         plan.layers[next] == LayerMode::kRouted && ring_->wants_prediction(next);
+}
+
+void MoeExecutor::predict(const Work& work) {
+  route(work, work.layer + 1, work.rows.next_experts, work.rows.next_weights);
+  Group args;
+  args.experts = work.rows.next_experts;
+  args.num_experts = model_.moe.num_experts;
+  args.choices = work.choices;
+  args.offsets = work.tables.next_offsets;
+  args.pairs = work.rows.next_pairs;
+  args.host_offsets = work.tables.next_host_offsets;
   ops_.group(args, stream_);
 }
 
@@ -195,11 +214,13 @@ void MoeExecutor::run_routed(const Work& work) {
   group(work, true);
   present_.clear();
   if (ring_ != nullptr) ring_->acquire_present(work.layer, present_);
+  const bool predicts = wants_prediction(work);
+  if (predicts) predict(work);
   // Rows for the host lane set out before the answer is there, unless nothing will be asked of it. A half with several
-  // KV paths has op calls enough and sends them when it must.
+  // KV paths, or with a prediction, has op calls enough and sends them when it must.
   const StepPlan& plan = work.pass.plan();
-  const bool sent =
-      present_.size() < counts_.size() && (host_allowed(plan.costs) || !streams(plan)) && work.half.num_paths() == 1;
+  const bool sent = present_.size() < counts_.size() && (host_allowed(plan.costs) || !streams(plan)) &&
+                    work.half.num_paths() == 1 && !predicts;
   if (sent) send_normed(work);
   stream_.record(*reached_);
   work.pass.clock().mark(Lane::kDense);
@@ -208,6 +229,11 @@ void MoeExecutor::run_routed(const Work& work) {
   if (!present_.empty()) enqueue_leases(work, present_);
   run_shared(work);
   lane_.wait(*reached_, work.pass);
+  if (predicts) {
+    count_rows(work, work.tables.next_host_offsets);
+    ring_->predicted(work.layer + 1, counts_);
+  }
+  count_rows(work, work.tables.host_offsets);
   place(work);
   run_missing(work, sent);
   combine(work, !hosted_.empty());
@@ -215,19 +241,21 @@ void MoeExecutor::run_routed(const Work& work) {
 
 void MoeExecutor::send_normed(const Work& work) { ops_.move(work.rows.normed, work.rows.host_normed, stream_); }
 
-void MoeExecutor::place(const Work& work) {
-  const int32_t num_experts = model_.moe.num_experts;
-  const int32_t* offsets = work.tables.host_offsets;
+void MoeExecutor::count_rows(const Work& work, const int32_t* offsets) {
+  const auto num_experts = static_cast<int32_t>(counts_.size());
   device_.host_access(offsets, (num_experts + 1) * int64_t{sizeof(*offsets)}, Access::kRead);
   for (int32_t expert = 0; expert < num_experts; ++expert) counts_[expert] = offsets[expert + 1] - offsets[expert];
   MOED_CHECK(offsets[num_experts] == work.rows.residual.rows * model_.moe.router.top_k)
       << "layer " << work.layer << ": the router's answer counts " << offsets[num_experts] << " pairs";
+}
+
+void MoeExecutor::place(const Work& work) {
   if (ring_ != nullptr) ring_->routed(work.layer, counts_);
   if (streams(work.pass.plan())) placer_.place(work.pass.plan().costs, counts_, places_);
   streamed_.clear();
   hosted_.clear();
   next_streamed_ = next_hosted_ = 0;
-  for (int32_t expert = 0; expert < num_experts; ++expert) {
+  for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) {
     if (counts_[expert] == 0) continue;
     if (places_[expert] == Place::kHost) {
       hosted_.push_back(expert);

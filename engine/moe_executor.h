@@ -58,8 +58,13 @@ class MoeExecutor {
   };
 
   void run_dense(const Work& work);
-  void route(const Work& work);
+  // experts and weights: what the layer's router says of the work's rows.
+  void route(const Work& work, int32_t layer, Matrix<int32_t> experts, Matrix<float> weights);
   void group(const Work& work, bool mirror);
+  // Whether the ring wants to know what the next layer's router says of this layer's rows; asks it.
+  bool wants_prediction(const Work& work) const;
+  void predict(const Work& work);
+  void count_rows(const Work& work, const int32_t* offsets);
   ExpertFfn device_args(const Work& work) const;
   void run_shared(const Work& work);
   void run_on_host_device(const Work& work);

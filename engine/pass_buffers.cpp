@@ -80,7 +80,7 @@ void PassBuffers::carve(const ModelConfig& model, const EngineConfig& config, Ca
   block_table_ = mapped.take<int32_t>(block_table_entries_);
 }
 
-void PassBuffers::carve_mirrors(const ModelConfig& model, const EngineConfig& config, Carver& mapped) {
+void PassBuffers::carve_mirrors(const ModelConfig& model, const EngineConfig& config, Carver& device, Carver& mapped) {
   const int32_t rows = config.rows_max;
   expert_elements_ = int64_t{top_k_} * model.moe.intermediate_size;
   all_.host_q = mapped.take<Bf16>(rows, model.q_size());
@@ -90,8 +90,13 @@ void PassBuffers::carve_mirrors(const ModelConfig& model, const EngineConfig& co
   all_.host_outputs = mapped.take<float>(int64_t{rows} * choices_max_ * model.hidden_size);
   all_.host_scratch = mapped.take<Bf16>(rows * expert_elements_);
   all_.host_pairs = mapped.take<int32_t>(int64_t{rows} * top_k_);
+  all_.next_experts = device.take<int32_t>(rows, top_k_);
+  all_.next_weights = device.take<float>(rows, choices_max_);
+  all_.next_pairs = device.take<int32_t>(int64_t{rows} * top_k_);
   for (HalfTables& half : halves_) {
     half.host_offsets = mapped.take<int32_t>(model.moe.num_experts + 1);
+    half.next_offsets = device.take<int32_t>(model.moe.num_experts + 1);
+    half.next_host_offsets = mapped.take<int32_t>(model.moe.num_experts + 1);
     half.host_blobs = mapped.take<const std::byte*>(model.moe.num_experts);
   }
 }
@@ -101,7 +106,7 @@ EngineBytes PassBuffers::bytes(const ModelConfig& model, const EngineConfig& con
   Carver device(nullptr);
   Carver mapped(nullptr);
   buffers.carve(model, config, device, mapped);
-  if (!device_is_host) buffers.carve_mirrors(model, config, mapped);
+  if (!device_is_host) buffers.carve_mirrors(model, config, device, mapped);
   return {device.used_bytes(), mapped.used_bytes()};
 }
 
@@ -113,7 +118,7 @@ StatusOr<PassBuffers> PassBuffers::allocate(const ModelConfig& model, const Engi
   Carver device_memory(buffers.device_memory_.data());
   Carver mapped_memory(buffers.mapped_memory_.data());
   buffers.carve(model, config, device_memory, mapped_memory);
-  if (!device.is_host()) buffers.carve_mirrors(model, config, mapped_memory);
+  if (!device.is_host()) buffers.carve_mirrors(model, config, device_memory, mapped_memory);
   std::iota(buffers.identity_, buffers.identity_ + config.rows_max, 0);
   for (int32_t row = 0; row < config.rows_max; ++row) {
     buffers.shared_pairs_[row] = row * (buffers.top_k_ + 1) + buffers.top_k_;
@@ -143,6 +148,9 @@ RowViews PassBuffers::rows(int32_t begin, int32_t count) const {
     views.host_outputs += int64_t{begin} * choices_max_ * all_.residual.cols;
     views.host_scratch += begin * expert_elements_;
     views.host_pairs += int64_t{begin} * top_k_;
+    views.next_experts = all_.next_experts.slice(begin, count);
+    views.next_weights = all_.next_weights.slice(begin, count);
+    views.next_pairs += int64_t{begin} * top_k_;
   }
   views.identity = identity_;
   views.shared_pairs = shared_pairs_;

@@ -24,6 +24,10 @@ struct RowViews {
   float* expert_outputs = nullptr;  // room for [rows * choices_max, hidden]
   Bf16* expert_scratch = nullptr;   // room for the widest FFN of these rows
   int32_t* pairs = nullptr;         // [rows * top_k]
+  // What the next layer's router says of this layer's rows; null where the device is the host.
+  Matrix<int32_t> next_experts;   // [rows, top_k]
+  Matrix<float> next_weights;     // [rows, choices_max]
+  int32_t* next_pairs = nullptr;  // [rows * top_k]
   // What the host lane reads and writes, in mapped memory; null where the device is the host.
   Matrix<Bf16> host_q;            // [rows, q_size]
   Matrix<Bf16> host_attention;    // [rows, q_size]
@@ -43,6 +47,8 @@ struct RowViews {
 struct HalfTables {
   int32_t* offsets = nullptr;              // device, [num_experts + 1]: as Group writes them
   int32_t* host_offsets = nullptr;         // mapped, the same for the host; null where the device is the host
+  int32_t* next_offsets = nullptr;         // as offsets, of RowViews::next_experts
+  int32_t* next_host_offsets = nullptr;    // as host_offsets
   int32_t* whole_offsets = nullptr;        // mapped, [2]: 0 and the half's rows; offsets of an FFN that every row chose
   const std::byte** host_blobs = nullptr;  // mapped, [num_experts]: experts that the host computed, for Combine
 };
@@ -73,7 +79,7 @@ class PassBuffers {
   class Carver;
   void carve(const ModelConfig& model, const EngineConfig& config, Carver& device, Carver& mapped);
   // What the host lane needs beside a device.
-  void carve_mirrors(const ModelConfig& model, const EngineConfig& config, Carver& mapped);
+  void carve_mirrors(const ModelConfig& model, const EngineConfig& config, Carver& device, Carver& mapped);
 
   Buffer device_memory_;
   Buffer mapped_memory_;

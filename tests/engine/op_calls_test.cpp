@@ -1,0 +1,127 @@
+#include <gtest/gtest.h>
+
+#include <string>
+
+#include "kernels/op_ranges.h"
+#include "tests/engine/answers.h"
+#include "tests/engine/plans.h"
+
+namespace moed {
+namespace {
+
+// Counts the calls that pass through to a device's ops.
+class CountingOps final : public QueuedOps {
+ public:
+  explicit CountingOps(Ops& ops) : ops_(ops) {}
+  Status reserve(const OpLimits& limits) override { return ops_.reserve(limits); }
+  int num_calls = 0;
+
+ private:
+  void enqueue(OpCall call, Stream& stream) override {
+    ++num_calls;
+    run_op(call, ops_, stream);
+  }
+  Ops& ops_;
+};
+
+class CountingDevice final : public Device {
+ public:
+  explicit CountingDevice(std::unique_ptr<Device> device) : device_(std::move(device)), ops_(device_->ops()) {}
+  std::string_view description() const override { return device_->description(); }
+  bool is_host() const override { return device_->is_host(); }
+  StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return device_->allocate(bytes, memory); }
+  std::unique_ptr<Stream> make_stream() override { return device_->make_stream(); }
+  std::unique_ptr<Event> make_event() override { return device_->make_event(); }
+  Ops& ops() override { return ops_; }
+  Ops& host_ops() override { return device_->host_ops(); }
+  Stream& host_stream() override { return device_->host_stream(); }
+  std::unique_ptr<HostAttention> make_host_attention() override { return device_->make_host_attention(); }
+  Status pin(std::byte* data, int64_t bytes) override { return device_->pin(data, bytes); }
+  void unpin(std::byte* data) override { device_->unpin(data); }
+  void host_access(const void* data, int64_t bytes, Access access) override {
+    device_->host_access(data, bytes, access);
+  }
+  int num_host_threads() const override { return device_->num_host_threads(); }
+  void run_host(int64_t count, FunctionRef<void(int64_t, int)> fn) override { device_->run_host(count, fn); }
+  CountingOps& counted() { return ops_; }
+
+ private:
+  void release(std::byte*, int64_t, Memory) override { FAIL() << "a buffer belongs to the device that made it"; }
+  std::unique_ptr<Device> device_;
+  CountingOps ops_;
+};
+
+EngineConfig small_config() {
+  return {.rows_max = 40,
+          .sequences_max = 12,
+          .max_model_len = 128,
+          .kv_blocks = 40,
+          .block_tokens = 16,
+          .device_kv_blocks = 40};
+}
+
+constexpr int kCallsMax = 12;       // a layer a half
+constexpr int kSharedCallsMax = 4;  // more with a shared expert
+constexpr int32_t kNumSequences = 4;
+
+class OpCalls : public ::testing::TestWithParam<int> {};
+
+// Four prompts, their KV on the host, on the device, or in turn.
+std::vector<StepSequence> sequences_of(const std::vector<Job>& jobs, const std::vector<std::vector<int32_t>>& blocks,
+                                       int pools) {
+  std::vector<StepSequence> sequences;
+  for (int32_t i = 0; i < kNumSequences; ++i) {
+    StepSequence& sequence = sequences.emplace_back();
+    sequence.tokens = jobs[i].prompt;
+    sequence.id = i;
+    sequence.num_prompt = sequence.num_new = static_cast<int32_t>(jobs[i].prompt.size());
+    sequence.blocks = blocks[i];
+    sequence.pool = pools == 0 || (pools == 2 && i % 2 == 0) ? Pool::kHost : Pool::kDevice;
+  }
+  return sequences;
+}
+
+// What an advance() may enqueue: one layer's calls a half, and one for each expert that was not there.
+TEST_P(OpCalls, ALayerTakesFewCalls) {
+  const Model model = parse_tiny(tiny_models()[GetParam()]);
+  const auto source = dummy_weights(model, 21);
+  std::vector<Job> jobs(kNumSequences);
+  std::vector<std::vector<int32_t>> blocks(kNumSequences);
+  for (int32_t i = 0; i < kNumSequences; ++i) {
+    for (int32_t t = 0; t < 4 + i; ++t) jobs[i].prompt.push_back((t * 31 + i * 17) % model.config.vocab_size);
+    blocks[i] = {2 * i, 2 * i + 1};
+  }
+  for (const PolicyCase& policy : policy_cases()) {
+    auto device = std::make_unique<CountingDevice>(opened("emulated", {.num_threads = 1, .seed = 4}));
+    CountingOps& ops = device->counted();
+    EngineBox box(model, *source, std::move(device), config_of(policy, model.config, small_config()));
+    box.set_planner(planner_of(policy));
+    for (int pools = 0; pools < 3; ++pools) {
+      for (const int32_t split : {kNumSequences, kNumSequences / 2}) {
+        SCOPED_TRACE(std::string(policy.name) + ", pools " + std::to_string(pools) + ", split " +
+                     std::to_string(split));
+        const int num_halves = split == kNumSequences ? 1 : 2;
+        const int shared = model.config.moe.shared_intermediate_size > 0 ? kSharedCallsMax : 0;
+        Pass pass = box.engine().begin(sequences_of(jobs, blocks, pools), box.plan(split));
+        for (bool more = true; more;) {
+          const EngineStats before = box.engine().stats();
+          const int calls_before = ops.num_calls;
+          more = box.engine().advance(pass);
+          const EngineStats after = box.engine().stats();
+          const int64_t missed = after.expert_misses - before.expert_misses + after.experts_prefetched -
+                                 before.experts_prefetched +
+                                 (after.host_expert_rows > before.host_expert_rows ? num_halves : 0);
+          EXPECT_LE(ops.num_calls - calls_before, num_halves * (kCallsMax + shared) + missed);
+          EXPECT_GT(ops.num_calls - calls_before, num_halves * 4);
+        }
+        box.engine().finish(std::move(pass));
+      }
+    }
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Tiny, OpCalls, ::testing::Range(0, static_cast<int>(tiny_models().size())),
+                         [](const auto& param) { return tiny_models()[param.param].name; });
+
+}  // namespace
+}  // namespace moed
