@@ -149,12 +149,13 @@ void Emulation::run_on_host(OpCall& call) {
 void Emulation::copy_on_host(void* target, const void* source, int64_t bytes) {
   if (bytes == 0) return;
   checker.begin(kHost, "copy");
-  for (const void* data : {source, static_cast<const void*>(target)}) {
-    const char* field = data == source ? "source" : "target";
+  const auto touch = [&](const void* data, Access access, const char* field) {
     memory->check_range(data, bytes, "copy", field);
     MOED_CHECK(!memory->is_device(data)) << "copy: " << field << " lies in device memory, out of the host lane's reach";
-    checker.access(data == source ? Access::kRead : Access::kWrite, data, bytes, field);
-  }
+    checker.access(access, data, bytes, field);
+  };
+  touch(source, Access::kRead, "source");
+  touch(target, Access::kWrite, "target");
   std::memcpy(target, source, bytes);
 }
 
