@@ -67,6 +67,15 @@ std::string joined(const std::vector<std::string>& names) {
   return text;
 }
 
+// null where the device has no memory of its own.
+Json device_budget_json(const DeviceBudget& budget) {
+  if (budget.memory_bytes == 0) return nullptr;
+  return {{"memory_bytes", budget.memory_bytes},         {"dense_weight_bytes", budget.dense_weight_bytes},
+          {"activation_bytes", budget.activation_bytes}, {"kv_bytes", budget.kv_bytes},
+          {"staging_bytes", budget.staging_bytes},       {"expert_slot_bytes", budget.slot_bytes},
+          {"rounding_bytes", budget.rounding_bytes},     {"kv_blocks", budget.kv_blocks}};
+}
+
 Json budget_json(const MemoryBudget& budget) {
   return {{"dense_weight_bytes", budget.dense_weight_bytes},
           {"expert_weight_bytes", budget.expert_weight_bytes},
@@ -75,7 +84,18 @@ Json budget_json(const MemoryBudget& budget) {
           {"process_bytes", budget.process_bytes},
           {"free_bytes", budget.free_bytes},
           {"kv_blocks", budget.kv_blocks},
-          {"max_model_len", budget.max_model_len}};
+          {"max_model_len", budget.max_model_len},
+          {"device", device_budget_json(budget.device)}};
+}
+
+// What the daemon was told about placement, as far as it was decided at start.
+Json planning_json(const Planning& planning, const DeviceBudget& device) {
+  return {{"policy", planning.policy->name},
+          {"kv", name_of(planning.kv)},
+          {"halves", planning.halves},
+          {"expert_slots", device.num_slots},
+          {"resident_experts", planning.residency.resident.size()},
+          {"staging_blocks", device.staging_blocks}};
 }
 
 }  // namespace
@@ -111,10 +131,12 @@ Status Daemon::load_text(Loaded& loaded) const {
   return Status();
 }
 
-SchedulerConfig Daemon::scheduler_config(const MemoryBudget& budget) const {
+SchedulerConfig Daemon::scheduler_config(const MemoryBudget& budget, KvPlacement kv) const {
   SchedulerConfig config;
   config.block_tokens = kKvBlockTokens;
   config.num_blocks = budget.kv_blocks;
+  config.device_blocks = budget.device.kv_blocks;
+  config.kv = kv;
   config.max_model_len = budget.max_model_len;
   config.pass_rows_max = static_cast<int32_t>(settings_.scheduler.pass_rows_max);
   config.sequences_max = static_cast<int32_t>(settings_.scheduler.sequences_max);
@@ -155,16 +177,17 @@ Status Daemon::load(const BackendFactory& factory) {
   context.max_model_len = budget.max_model_len;
   context.limits = settings_.limits;
 
-  const SchedulerConfig scheduling = scheduler_config(budget);
+  const SchedulerConfig scheduling = scheduler_config(budget, loaded->backend->planning().kv);
   MOED_RETURN_IF_ERROR(validate(scheduling));
-  metrics_.set_cache(scheduling.block_tokens, scheduling.num_blocks, scheduling.prefix_cache);
+  metrics_.set_cache(scheduling.block_tokens, scheduling.num_blocks, scheduling.device_blocks, scheduling.prefix_cache);
   loaded->scheduler = std::make_unique<Scheduler>(scheduling);
   ServingConfig serving;
   serving.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);
   serving.request_seconds = settings_.limits.request_seconds;
   serving.yield_layers = static_cast<int32_t>(settings_.scheduler.yield_layers);
+  serving.planning = loaded->backend->planning();
   loaded->loop = std::make_unique<ServingLoop>(loaded->backend->engine(), *loaded->scheduler, loaded->model.config,
-                                               loaded->backend->prior(), metrics_, serving);
+                                               loaded->backend->prior(), metrics_, std::move(serving));
   loaded->loop->start();
   storage_ = std::move(loaded);
   loaded_.store(storage_.get(), std::memory_order_release);
@@ -303,7 +326,7 @@ std::string Daemon::info_json() const {
     info["model"]["max_model_len"] = loaded->context.max_model_len;
     info["device"] = loaded->backend->device_description();
     info["memory_budget"] = budget_json(loaded->backend->budget());
-    info["plan"] = {{"policy", "host"}, {"halves", 1}, {"kv", "host"}, {"experts", "host"}};
+    info["plan"] = planning_json(loaded->backend->planning(), loaded->backend->budget().device);
   }
   info["settings"] = Json::parse(settings_json(settings_), nullptr, /*allow_exceptions=*/false);
   return info.dump(2, ' ', false, Json::error_handler_t::replace);

@@ -6,6 +6,7 @@
 #include <prometheus/registry.h>
 #include <prometheus/text_serializer.h>
 
+#include <array>
 #include <map>
 #include <utility>
 
@@ -27,6 +28,12 @@ const Buckets kTokenBuckets = {1,     2,     5,      10,     20,     50,      10
 const Buckets kIterationBuckets = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
 
 double seconds(int64_t us) { return static_cast<double>(us) * 1e-6; }
+
+// Brings a counter up to what was counted elsewhere.
+void raise(prometheus::Counter* counter, double total) {
+  const double growth = total - counter->Value();
+  if (growth > 0) counter->Increment(growth);
+}
 
 const char* reason_label(FinishReason reason) {
   switch (reason) {
@@ -71,6 +78,17 @@ struct ServerMetrics::State {
   prometheus::Histogram* request_max_tokens = nullptr;
   prometheus::Histogram* iteration_tokens = nullptr;
   std::map<std::string, prometheus::Counter*> success;
+  std::array<prometheus::Gauge*, 2> pool_usage{};   // by Pool
+  std::array<prometheus::Gauge*, 2> pool_blocks{};  // by Pool
+  prometheus::Counter* expert_hits = nullptr;
+  prometheus::Counter* expert_misses = nullptr;
+  prometheus::Counter* experts_prefetched = nullptr;
+  prometheus::Counter* experts_prefetched_unused = nullptr;
+  prometheus::Counter* expert_evictions = nullptr;
+  prometheus::Counter* expert_bytes = nullptr;
+  prometheus::Counter* host_expert_rows = nullptr;
+  prometheus::Counter* device_expert_rows = nullptr;
+  prometheus::Counter* copy_wait = nullptr;
 
   prometheus::Gauge* gauge(const char* name, const char* help) {
     return &prometheus::BuildGauge().Name(name).Help(help).Labels(labels).Register(registry).Add({});
@@ -120,19 +138,54 @@ ServerMetrics::ServerMetrics(const std::string& model_name) : state_(std::make_u
   for (const char* reason : {"stop", "length", "abort", "error"}) {
     s.success[reason] = &success.Add({{"finished_reason", reason}});
   }
+  add_own_series();
+}
+
+void ServerMetrics::add_own_series() {
+  State& s = *state_;
+  auto& usage = prometheus::BuildGauge()
+                    .Name("moed:kv_usage")
+                    .Help("Share of a KV pool's blocks that sequences hold. 1 means all.")
+                    .Labels(s.labels)
+                    .Register(s.registry);
+  auto& blocks = prometheus::BuildGauge()
+                     .Name("moed:kv_blocks")
+                     .Help("Blocks of a KV pool.")
+                     .Labels(s.labels)
+                     .Register(s.registry);
+  auto& rows = prometheus::BuildCounter()
+                   .Name("moed:expert_rows_total")
+                   .Help("Rows times the experts that they chose, by where they were computed.")
+                   .Labels(s.labels)
+                   .Register(s.registry);
+  for (const Pool pool : {Pool::kHost, Pool::kDevice}) {
+    const prometheus::Labels label = {{"pool", pool == Pool::kHost ? "host" : "device"}};
+    s.pool_usage[static_cast<size_t>(pool)] = &usage.Add(label);
+    s.pool_blocks[static_cast<size_t>(pool)] = &blocks.Add(label);
+  }
+  s.host_expert_rows = &rows.Add({{"place", "host"}});
+  s.device_expert_rows = &rows.Add({{"place", "device"}});
+  s.expert_hits = s.counter("moed:expert_hits_total", "Experts wanted on the device that stood in its memory.");
+  s.expert_misses = s.counter("moed:expert_misses_total", "Experts wanted on the device that had to be copied.");
+  s.experts_prefetched = s.counter("moed:experts_prefetched_total", "Experts copied before a layer wanted them.");
+  s.experts_prefetched_unused =
+      s.counter("moed:experts_prefetched_unused_total", "Of these, the ones overwritten before a layer wanted them.");
+  s.expert_evictions = s.counter("moed:expert_evictions_total", "Experts that others took the place of.");
+  s.expert_bytes = s.counter("moed:expert_copy_bytes_total", "Bytes of experts copied to the device.");
+  s.copy_wait = s.counter("moed:expert_copy_wait_seconds_total", "Time with nothing to do but wait for copies.");
 }
 
 ServerMetrics::~ServerMetrics() = default;
 
-void ServerMetrics::set_cache(int32_t block_tokens, int64_t num_blocks, bool prefix_cache) {
+void ServerMetrics::set_cache(int32_t block_tokens, int64_t host_blocks, int64_t device_blocks, bool prefix_cache) {
   prometheus::BuildGauge()
       .Name("vllm:cache_config_info")
       .Help("The KV cache: tokens of a block, blocks, whether prompts share them.")
       .Labels(state_->labels)
       .Register(state_->registry)
       .Add({{"block_size", std::to_string(block_tokens)},
-            {"num_gpu_blocks", "0"},
-            {"num_cpu_blocks", std::to_string(num_blocks)},
+            {"num_gpu_blocks", std::to_string(device_blocks)},
+            {"num_cpu_blocks", std::to_string(host_blocks)},
             {"enable_prefix_caching", prefix_cache ? "True" : "False"}})
       .Set(1);
 }
@@ -142,13 +195,29 @@ void ServerMetrics::set_scheduler(const SchedulerStats& stats) {
   s.running->Set(stats.num_running);
   s.waiting->Set(stats.num_waiting);
   s.kv_usage->Set(stats.kv_usage());
-  const auto raise = [](prometheus::Counter* counter, int64_t total) {
-    const double growth = static_cast<double>(total) - counter->Value();
-    if (growth > 0) counter->Increment(growth);
-  };
-  raise(s.preemptions, stats.num_preemptions);
-  raise(s.prefix_queries, stats.prefix_queries_tokens);
-  raise(s.prefix_hits, stats.prefix_hits_tokens);
+  for (const Pool pool : {Pool::kHost, Pool::kDevice}) {
+    const PoolStats& blocks = stats.pool(pool);
+    s.pool_blocks[static_cast<size_t>(pool)]->Set(static_cast<double>(blocks.blocks_total));
+    s.pool_usage[static_cast<size_t>(pool)]->Set(blocks.blocks_total > 0 ? static_cast<double>(blocks.blocks_used) /
+                                                                               static_cast<double>(blocks.blocks_total)
+                                                                         : 0.0);
+  }
+  raise(s.preemptions, static_cast<double>(stats.num_preemptions));
+  raise(s.prefix_queries, static_cast<double>(stats.prefix_queries_tokens));
+  raise(s.prefix_hits, static_cast<double>(stats.prefix_hits_tokens));
+}
+
+void ServerMetrics::set_engine(const EngineStats& stats) {
+  State& s = *state_;
+  raise(s.expert_hits, static_cast<double>(stats.expert_hits));
+  raise(s.expert_misses, static_cast<double>(stats.expert_misses));
+  raise(s.experts_prefetched, static_cast<double>(stats.experts_prefetched));
+  raise(s.experts_prefetched_unused, static_cast<double>(stats.experts_prefetched_unused));
+  raise(s.expert_evictions, static_cast<double>(stats.expert_evictions));
+  raise(s.expert_bytes, static_cast<double>(stats.expert_bytes_copied));
+  raise(s.host_expert_rows, static_cast<double>(stats.host_expert_rows));
+  raise(s.device_expert_rows, static_cast<double>(stats.device_expert_rows));
+  raise(s.copy_wait, stats.ring_wait_us * 1e-6);
 }
 
 void ServerMetrics::add_prompt(int64_t prompt_tokens) {

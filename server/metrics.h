@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 
+#include "engine/engine.h"
 #include "scheduler/scheduler.h"
 
 namespace moed {
@@ -25,16 +26,18 @@ struct FinishedRequest {
 };
 
 // The daemon's Prometheus series: vLLM's names, labels (model_name, engine="0") and buckets, so that its dashboards
-// work unchanged. Every series is present from the start, but for the KV cache's, which comes with set_cache().
-// Thread-safe; recording takes no lock that a scrape holds for long.
+// work unchanged; and, named moed:, what only this engine has: experts and two KV pools. Every series is present from
+// the start, but for the KV cache's, which comes with set_cache(). Thread-safe; recording takes no lock that a scrape
+// holds for long.
 class ServerMetrics {
  public:
   explicit ServerMetrics(const std::string& model_name);
   ~ServerMetrics();
 
   // At most once.
-  void set_cache(int32_t block_tokens, int64_t num_blocks, bool prefix_cache);
+  void set_cache(int32_t block_tokens, int64_t host_blocks, int64_t device_blocks, bool prefix_cache);
   void set_scheduler(const SchedulerStats& stats);
+  void set_engine(const EngineStats& stats);
   void add_prompt(int64_t prompt_tokens);
   void add_generated_token();
   void add_iteration(int64_t rows);
@@ -47,6 +50,7 @@ class ServerMetrics {
 
  private:
   struct State;
+  void add_own_series();
   std::unique_ptr<State> state_;
 };
 

@@ -26,8 +26,8 @@ ServingLoop::ServingLoop(Engine& engine, Scheduler& scheduler, const ModelConfig
       scheduler_(scheduler),
       model_(model),
       metrics_(metrics),
-      config_(config),
-      channel_(config.queue_max),
+      config_(std::move(config)),
+      channel_(config_.queue_max),
       tracker_(prior) {
   publish_stats();
 }
@@ -109,9 +109,25 @@ bool ServingLoop::begin(PassKind kind) {
   for (const BlockCopy& copy : scheduler_.block_copies()) engine_.copy_block(copy.pool, copy.from, copy.to);
   const StepShape shape = scheduler_.shape(kind);
   cut_short_[static_cast<size_t>(kind)] = false;
-  pass(kind) = engine_.begin(sequences, host_plan(shape, model_));
+  pass(kind) = engine_.begin(sequences, plan(sequences, shape));
   metrics_.add_iteration(shape.num_rows);
   return true;
+}
+
+StepPlan ServingLoop::plan(std::span<const StepSequence> sequences, const StepShape& shape) {
+  attended_tokens_.clear();
+  for (const StepSequence& sequence : sequences) {
+    StepShape one;
+    one.add(sequence.num_cached, sequence.num_new, sequence.sampling != nullptr);
+    attended_tokens_.push_back(one.attended_tokens);
+  }
+  const Planning& planning = config_.planning;
+  return planning.policy->plan({.shape = shape,
+                                .attended_tokens = attended_tokens_,
+                                .config = model_,
+                                .residency = planning.residency,
+                                .rates = planning.rates,
+                                .halves = planning.halves});
 }
 
 void ServingLoop::run_interactive() {
@@ -286,6 +302,7 @@ void ServingLoop::end_choice(ActiveMap::iterator found, int32_t choice, FinishRe
 void ServingLoop::publish_stats() {
   const SchedulerStats stats = scheduler_.stats();
   metrics_.set_scheduler(stats);
+  metrics_.set_engine(engine_.stats());
   MutexLock lock(stats_mutex_);
   stats_ = stats;
 }

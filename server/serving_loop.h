@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <thread>
 #include <unordered_map>
@@ -12,6 +13,7 @@
 #include "base/channel.h"
 #include "base/thread_annotations.h"
 #include "engine/engine.h"
+#include "plan/policies.h"
 #include "plan/step_model.h"
 #include "scheduler/scheduler.h"
 #include "server/metrics.h"
@@ -23,6 +25,7 @@ struct ServingConfig {
   int32_t queue_max = 1024;    // submissions on their way to the scheduler
   int32_t yield_layers = 1;    // layers of a bulk pass between interactive passes
   double request_seconds = 0;  // a request older than that fails with kDeadlineExceeded; 0: no limit
+  Planning planning;
 };
 
 // One request on its way in.
@@ -81,6 +84,7 @@ class ServingLoop {
   void run();
   void step();
   bool begin(PassKind kind);
+  StepPlan plan(std::span<const StepSequence> sequences, const StepShape& shape);
   void run_interactive();
   void advance_bulk();
   void end_all();
@@ -115,6 +119,7 @@ class ServingLoop {
 
   // Serving thread only.
   Tracker tracker_;
+  std::vector<int64_t> attended_tokens_;  // of the pass being planned
   ActiveMap active_;
   Pass interactive_;
   Pass bulk_;

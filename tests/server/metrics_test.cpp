@@ -36,6 +36,11 @@ TEST(ServerMetricsTest, EverySeriesIsThereFromTheStart) {
     EXPECT_EQ(value_of(text, std::string("vllm:") + name + "_count"), 0.0) << name;
     EXPECT_EQ(value_of(text, std::string("vllm:") + name + "_sum"), 0.0) << name;
   }
+  for (const char* name :
+       {"expert_hits_total", "expert_misses_total", "experts_prefetched_total", "experts_prefetched_unused_total",
+        "expert_evictions_total", "expert_copy_bytes_total", "expert_copy_wait_seconds_total"}) {
+    EXPECT_EQ(value_of(text, std::string("moed:") + name), 0.0) << name;
+  }
   for (const char* reason : {"stop", "length", "abort", "error"}) {
     EXPECT_EQ(value_of(text, "vllm:request_success_total", std::string("finished_reason=\"") + reason + "\""), 0.0);
   }
@@ -49,8 +54,41 @@ TEST(ServerMetricsTest, EverySeriesIsThereFromTheStart) {
 
 TEST(ServerMetricsTest, TheCacheIsDescribedOnceItIsKnown) {
   ServerMetrics metrics("m");
-  metrics.set_cache(16, 4096, true);
+  metrics.set_cache(16, 4096, 64, true);
   EXPECT_EQ(value_of(metrics.text(), "vllm:cache_config_info", "num_cpu_blocks=\"4096\""), 1.0);
+  EXPECT_EQ(value_of(metrics.text(), "vllm:cache_config_info", "num_gpu_blocks=\"64\""), 1.0);
+}
+
+TEST(ServerMetricsTest, ExpertsAndPoolsAreCounted) {
+  ServerMetrics metrics("m");
+  SchedulerStats scheduler;
+  scheduler.pools[static_cast<size_t>(Pool::kHost)] = {.blocks_used = 10, .blocks_total = 40};
+  scheduler.pools[static_cast<size_t>(Pool::kDevice)] = {.blocks_used = 15, .blocks_total = 20};
+  metrics.set_scheduler(scheduler);
+  const EngineStats stats{.expert_hits = 11,
+                          .expert_misses = 7,
+                          .experts_prefetched = 5,
+                          .experts_prefetched_unused = 2,
+                          .expert_evictions = 3,
+                          .expert_bytes_copied = 1'000'000'007,
+                          .host_expert_rows = 100,
+                          .device_expert_rows = 300,
+                          .ring_wait_us = 2'500'000.0};
+  for (int i = 0; i < 2; ++i) metrics.set_engine(stats);  // totals, not growth
+  const std::string text = metrics.text();
+  EXPECT_EQ(value_of(text, "moed:kv_usage", "pool=\"host\""), 0.25);
+  EXPECT_EQ(value_of(text, "moed:kv_usage", "pool=\"device\""), 0.75);
+  EXPECT_EQ(value_of(text, "moed:kv_blocks", "pool=\"device\""), 20.0);
+  EXPECT_EQ(value_of(text, "vllm:kv_cache_usage_perc"), 25.0 / 60.0);
+  EXPECT_EQ(value_of(text, "moed:expert_hits_total"), 11.0);
+  EXPECT_EQ(value_of(text, "moed:expert_misses_total"), 7.0);
+  EXPECT_EQ(value_of(text, "moed:experts_prefetched_total"), 5.0);
+  EXPECT_EQ(value_of(text, "moed:experts_prefetched_unused_total"), 2.0);
+  EXPECT_EQ(value_of(text, "moed:expert_evictions_total"), 3.0);
+  EXPECT_EQ(value_of(text, "moed:expert_copy_bytes_total"), 1'000'000'007.0);
+  EXPECT_EQ(value_of(text, "moed:expert_rows_total", "place=\"host\""), 100.0);
+  EXPECT_EQ(value_of(text, "moed:expert_rows_total", "place=\"device\""), 300.0);
+  EXPECT_EQ(value_of(text, "moed:expert_copy_wait_seconds_total"), 2.5);
 }
 
 TEST(ServerMetricsTest, ARequestsTimeIsSplitAtItsFirstPassAndItsFirstToken) {

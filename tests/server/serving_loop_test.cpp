@@ -270,6 +270,30 @@ TEST_F(ServingLoopTest, PassesCutShortTeachNothing) {
   EXPECT_NEAR(loop_->step_model().row_us(), prior.row_us(), 1e-6);
 }
 
+// Two prompts of 50 and 10 tokens and one of 40: the halves of a pass of all three attend to 1275 and 875 tokens at
+// best.
+TEST_F(ServingLoopTest, PassesArePlannedByThePolicyAndSplitByAttention) {
+  ServingConfig serving;
+  serving.planning.policy =
+      &*std::find_if(policies().begin(), policies().end(), [](const Policy& policy) { return policy.all_resident; });
+  serving.planning.halves = 2;
+  begin(1024, 20'000, 0, StepModel(100.0, 1.0, 0.0), serving);
+  Client first(*loop_, 1, prompt(8, 1), 1);
+  std::this_thread::sleep_for(std::chrono::milliseconds(10));  // the pass of the first is under way
+  Client a(*loop_, 2, prompt(50, 2), 1);
+  Client b(*loop_, 3, prompt(10, 3), 1);
+  Client c(*loop_, 4, prompt(40, 4), 1);
+  ASSERT_EQ(a.wait_for(1).size(), 1U);
+  ASSERT_EQ(c.wait_for(1).size(), 1U);
+  stop();
+  ASSERT_EQ(engine_->plans().size(), 2U);
+  for (const StepPlan& plan : engine_->plans()) {
+    EXPECT_EQ(plan.layers, std::vector<LayerMode>(4, LayerMode::kWhole));
+    EXPECT_FALSE(plan.costs.host_allowed());
+    EXPECT_EQ(plan.split, 1);  // of one sequence, and of three
+  }
+}
+
 TEST_F(ServingLoopTest, ARequestPastItsTimeFails) {
   ServingConfig serving;
   serving.request_seconds = 0.3;

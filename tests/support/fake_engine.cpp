@@ -139,8 +139,9 @@ void FakeEngine::release(const StepSequence& sequence) {
   }
 }
 
-Pass FakeEngine::begin(std::span<const StepSequence> sequences, const StepPlan&) {
+Pass FakeEngine::begin(std::span<const StepSequence> sequences, const StepPlan& plan) {
   MOED_CHECK(num_alive_ < 2) << "two passes are alive already";
+  plans_.push_back(plan);
   auto state = std::make_unique<State>();
   for (const StepSequence& sequence : sequences) {
     claim(sequence);

@@ -56,6 +56,8 @@ class FakeEngine final : public Engine {
   int32_t num_alive() const { return num_alive_; }
   int64_t num_rows_computed() const { return num_rows_computed_; }
   int64_t num_blocks_copied() const { return num_blocks_copied_; }
+  // Of each pass so far.
+  const std::vector<StepPlan>& plans() const { return plans_; }
 
  private:
   struct State;
@@ -84,6 +86,7 @@ class FakeEngine final : public Engine {
   int32_t num_alive_ = 0;
   int64_t num_rows_computed_ = 0;
   int64_t num_blocks_copied_ = 0;
+  std::vector<StepPlan> plans_;
 };
 
 }  // namespace moed
