@@ -9,8 +9,18 @@ StatusOr<std::unique_ptr<OpenedEngine>> OpenedEngine::open(const DeviceSpec& spe
   options.num_threads = spec.num_threads;
   options.deterministic = spec.deterministic;
   options.memory_gib = spec.memory_gib;
+  options.seed = spec.seed;
+  options.router = spec.router;
   MOED_ASSIGN_OR_RETURN(auto device, open_device(spec.device, options));
-  return std::unique_ptr<OpenedEngine>(new OpenedEngine(std::move(device)));
+  DeviceTrace* trace = nullptr;
+  if (spec.traced) {
+    auto traced = std::make_unique<TracedDevice>(std::move(device));
+    trace = &traced->trace();
+    device = std::move(traced);
+  }
+  std::unique_ptr<OpenedEngine> opened(new OpenedEngine(std::move(device)));
+  opened->trace_ = trace;
+  return opened;
 }
 
 Status OpenedEngine::start(const Model& model, const DenseWeights& weights, const ExpertStore& experts,

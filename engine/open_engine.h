@@ -5,6 +5,7 @@
 #include <string>
 
 #include "engine/hybrid_engine.h"
+#include "kernels/traced_device.h"
 
 namespace moed {
 
@@ -13,6 +14,9 @@ struct DeviceSpec {
   int num_threads = 0;         // compute threads, the serving thread counted; 0: default_compute_threads()
   bool deterministic = false;
   double memory_gib = 0.0;  // of the device's own memory; 0: as the device has
+  uint64_t seed = 0;        // of emulated and simulated devices
+  std::string router;       // DeviceOptions::router
+  bool traced = false;      // so that trace() is there; costs a little
 };
 
 // An engine together with the device that it runs on: what stands above engines knows no device. Serving thread, once
@@ -30,10 +34,20 @@ class OpenedEngine {
   int64_t device_memory_bytes() const;
   // "cpu: AMD EPYC, avx512_bf16, 2 threads"
   std::string_view description() const;
+  // On the clock that the device's work is measured by.
+  double now_us() const { return device_->now_us(); }
+  DeviceTotals totals() const { return device_->totals(); }
+  // Whether the device computes nothing and keeps a clock of its own: for benchmarks and plans, never to serve with.
+  bool is_simulated() const { return device_->host_memory_bytes() > 0; }
+  // Of a simulated machine; 0: the real one counts.
+  int64_t host_memory_bytes() const { return device_->host_memory_bytes(); }
+  // Null unless DeviceSpec::traced.
+  DeviceTrace* trace() { return trace_; }
 
  private:
   explicit OpenedEngine(std::unique_ptr<Device> device);
   std::unique_ptr<Device> device_;
+  DeviceTrace* trace_ = nullptr;  // of device_
   std::unique_ptr<Engine> engine_;
 };
 

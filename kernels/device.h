@@ -123,6 +123,8 @@ class Device {
   virtual void unpin(std::byte* /*data*/) {}
   // Microseconds on the clock that the device's work is measured by: the steady clock, or a simulated one.
   virtual double now_us() const;
+  // Of the host of a machine that is simulated; 0: the host is this one.
+  virtual int64_t host_memory_bytes() const { return 0; }
   // Zeroes where it does not count.
   virtual DeviceTotals totals() const { return {}; }
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races
