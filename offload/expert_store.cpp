@@ -36,7 +36,9 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
   for (const LayerKind kind : config.layers)
     store.moe_index_.push_back(kind == LayerKind::kMoe ? num_moe_layers++ : -1);
   const int64_t stride = stride_bytes(store.shape_);
-  MOED_ASSIGN_OR_RETURN(store.arena_, HugePages::allocate(stride * num_moe_layers * store.num_experts_));
+  const int64_t bytes = stride * num_moe_layers * store.num_experts_;
+  MOED_ASSIGN_OR_RETURN(store.arena_, source.hollow() ? HugePages::reserve(bytes) : HugePages::allocate(bytes));
+  if (source.hollow()) return store;
   std::vector<TensorLoad> loads;
   std::byte* blob = store.arena_.data();
   for (ExpertId id; id.layer < config.num_layers; ++id.layer) {

@@ -24,7 +24,9 @@ struct RingConfig {
 
 // Monotonic since start.
 struct RingStats {
-  int64_t hits = 0;    // acquired experts that stood there
+  // Experts that were wanted and stood there, or were on their way: acquired by name, or leased by acquire_present()
+  // when routed() said that rows chose them.
+  int64_t hits = 0;
   int64_t misses = 0;  // acquired experts that had to be copied
   int64_t prefetched = 0;
   int64_t prefetched_unused = 0;  // overwritten before anyone acquired them

@@ -1,0 +1,138 @@
+#include "offload/expert_cache.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+
+#include "base/check.h"
+
+namespace moed {
+namespace {
+
+// Layers that try ghosts.
+constexpr int32_t kGhostLayers = 4;
+// A ghost's hits fade by this at each visit of its layer.
+constexpr float kHitDecay = 0.998F;
+// What a rule must be better by to take over.
+constexpr float kRuleMargin = 1.01F;
+
+}  // namespace
+
+ExpertCache::ExpertCache(int32_t num_experts, std::span<const int32_t> shares, std::span<const uint8_t> resident)
+    : num_experts_(num_experts), layers_(shares.size()), keys_(num_experts) {
+  const auto num_layers = static_cast<int32_t>(shares.size());
+  const size_t words = (static_cast<size_t>(num_experts) + 63) / 64;
+  for (size_t i = 0; i < decays_.size(); ++i) decays_[i] = std::exp2(-1.0F / kHalfLives[i]);
+  for (int32_t l = 0; l < num_layers; ++l) {
+    Layer& layer = layers_[l];
+    layer.share = shares[l];
+    layer.resident.resize(words);
+    layer.wanted.resize(words);
+    layer.kept.resize(words);
+    for (int32_t expert = 0; expert < num_experts; ++expert) {
+      if (resident[l * num_experts + expert] != 0) layer.resident[expert / 64] |= uint64_t{1} << expert % 64;
+    }
+    for (auto& scores : layer.scores) scores.resize(num_experts);
+    const int32_t tries = std::min(num_layers, kGhostLayers);
+    if (layer.share > 0 && int64_t{l} * tries / num_layers != int64_t{l + 1} * tries / num_layers) {
+      layer.ghosts.resize(kHalfLives.size());
+      for (Ghost& ghost : layer.ghosts) ghost.names.resize(words);
+    }
+    choose(layer, layer.scores[rule_], layer.kept, layer.wanted);
+  }
+}
+
+void ExpertCache::choose(const Layer& layer, const std::vector<float>& scores, const Bits& incumbent, Bits& chosen) {
+  size_t count = 0;
+  for (int32_t expert = 0; expert < num_experts_; ++expert) {
+    if (test(layer.resident, expert)) continue;
+    const uint64_t rank = uint64_t{test(incumbent, expert)} << 31 | static_cast<uint32_t>(num_experts_ - 1 - expert);
+    keys_[count++] = uint64_t{std::bit_cast<uint32_t>(scores[expert])} << 32 | rank;
+  }
+  std::fill(chosen.begin(), chosen.end(), 0);
+  const size_t share = std::min(static_cast<size_t>(layer.share), count);
+  if (share == 0) return;
+  std::nth_element(keys_.begin(), keys_.begin() + static_cast<int64_t>(share) - 1,
+                   keys_.begin() + static_cast<int64_t>(count), std::greater<>());
+  for (size_t i = 0; i < share; ++i) {
+    const int32_t expert = num_experts_ - 1 - static_cast<int32_t>(keys_[i] & 0x7fffffff);
+    chosen[expert / 64] |= uint64_t{1} << expert % 64;
+  }
+}
+
+void ExpertCache::routed(int32_t layer_index, std::span<const int32_t> counts) {
+  Layer& layer = layers_[layer_index];
+  if (!layer.ghosts.empty()) try_ghosts(layer, counts);
+  for (size_t i = 0; i < decays_.size(); ++i) {
+    float* scores = layer.scores[i].data();
+    for (int32_t expert = 0; expert < num_experts_; ++expert) {
+      scores[expert] = scores[expert] * decays_[i] + (counts[expert] > 0 ? 1.0F : 0.0F);
+    }
+  }
+  for (size_t i = 0; i < layer.ghosts.size(); ++i) {
+    Ghost& ghost = layer.ghosts[i];
+    choose(layer, layer.scores[i], ghost.names, ghost.names);
+  }
+  choose(layer, layer.scores[rule_], layer.kept, layer.wanted);
+}
+
+// Before the scores learn of the visit: what each ghost would have held.
+void ExpertCache::try_ghosts(Layer& layer, std::span<const int32_t> counts) {
+  for (Ghost& ghost : layer.ghosts) {
+    int32_t hits = 0;
+    for (int32_t expert = 0; expert < num_experts_; ++expert) {
+      hits += counts[expert] > 0 && test(ghost.names, expert) ? 1 : 0;
+    }
+    ghost.hits = ghost.hits * kHitDecay + static_cast<float>(hits);
+  }
+  choose_rule();
+}
+
+void ExpertCache::choose_rule() {
+  std::array<float, kHalfLives.size()> hits{};
+  for (const Layer& layer : layers_) {
+    for (size_t i = 0; i < layer.ghosts.size(); ++i) hits[i] += layer.ghosts[i].hits;
+  }
+  const auto best = std::max_element(hits.begin(), hits.end());
+  if (*best > hits[rule_] * kRuleMargin) rule_ = static_cast<int32_t>(best - hits.begin());
+}
+
+int32_t ExpertCache::keep(int32_t layer_index, int32_t expert) {
+  Layer& layer = layers_[layer_index];
+  MOED_CHECK(test(layer.wanted, expert) && !test(layer.kept, expert)) << "expert " << expert;
+  layer.kept[expert / 64] |= uint64_t{1} << expert % 64;
+  if (layer.num_kept < layer.share) {
+    ++layer.num_kept;
+    return -1;
+  }
+  for (size_t word = 0; word < layer.kept.size(); ++word) {
+    const uint64_t stale = layer.kept[word] & ~layer.wanted[word];
+    if (stale == 0) continue;
+    layer.kept[word] &= ~(stale & -stale);
+    return static_cast<int32_t>(word) * 64 + std::countr_zero(stale);
+  }
+  MOED_CHECK(false) << "as many experts are wanted as are kept, and this one was not";
+  return -1;
+}
+
+void ExpertCache::drop(int32_t layer_index, int32_t expert) {
+  Layer& layer = layers_[layer_index];
+  MOED_CHECK(test(layer.kept, expert)) << "expert " << expert;
+  layer.kept[expert / 64] &= ~(uint64_t{1} << expert % 64);
+  --layer.num_kept;
+}
+
+int32_t ExpertCache::missing(int32_t layer_index, int32_t expert) const {
+  const Layer& layer = layers_[layer_index];
+  if (expert >= num_experts_) return -1;
+  uint64_t mask = ~uint64_t{0} << expert % 64;
+  for (size_t word = static_cast<size_t>(expert) / 64; word < layer.wanted.size(); ++word, mask = ~uint64_t{0}) {
+    for (uint64_t bits = layer.wanted[word] & ~layer.kept[word] & mask; bits != 0; bits &= bits - 1) {
+      const int32_t found = static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
+      if (layer.scores[rule_][found] > 0.0F) return found;
+    }
+  }
+  return -1;
+}
+
+}  // namespace moed

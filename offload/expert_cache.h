@@ -1,0 +1,70 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace moed {
+
+// Decides which experts of each layer should survive the pass; holds no bytes. An expert's score is the sum of its past
+// visits, each worth less the older it is (LRFU: Lee et al., IEEE Transactions on Computers 50(12), 2001): with a
+// half-life of one visit that is recency, with a long one frequency. Ghosts, lists of names without bytes, try each
+// half-life on some layers; the one with most hits of late rules. Layers do not compete: a scan over all of them leaves
+// each layer's share in place. Serving thread only; allocates at construction alone.
+class ExpertCache {
+ public:
+  // In visits of the layer.
+  static constexpr std::array<float, 4> kHalfLives = {1.0F, 32.0F, 128.0F, 512.0F};
+
+  // shares: [layers], how many experts of each are kept. resident: [layers * num_experts], not 0 for those that are
+  // never counted.
+  ExpertCache(int32_t num_experts, std::span<const int32_t> shares, std::span<const uint8_t> resident);
+
+  // A visit of the layer: counts[expert] rows.
+  void routed(int32_t layer, std::span<const int32_t> counts);
+  // Whether the expert is among those of its layer that should be kept.
+  bool keeps(int32_t layer, int32_t expert) const { return test(layers_[layer].wanted, expert); }
+  bool kept(int32_t layer, int32_t expert) const { return test(layers_[layer].kept, expert); }
+  // It is kept from now on; returns the expert that is kept no more in its stead, -1: none. REQUIRES: keeps(), not
+  // kept().
+  int32_t keep(int32_t layer, int32_t expert);
+  // It never came. REQUIRES: kept().
+  void drop(int32_t layer, int32_t expert);
+  // The next expert of the layer, from `expert` on, that should be kept and is not, and has been chosen at all; -1:
+  // none.
+  int32_t missing(int32_t layer, int32_t expert) const;
+  float score(int32_t layer, int32_t expert) const { return layers_[layer].scores[rule_][expert]; }
+  // Index into kHalfLives.
+  int32_t rule() const { return rule_; }
+
+ private:
+  using Bits = std::vector<uint64_t>;
+  struct Ghost {
+    Bits names;
+    float hits = 0.0F;  // decayed as routed() goes on
+  };
+  struct Layer {
+    int32_t share = 0;
+    int32_t num_kept = 0;
+    Bits resident;
+    Bits wanted;
+    Bits kept;
+    std::array<std::vector<float>, kHalfLives.size()> scores;  // [num_experts]
+    std::vector<Ghost> ghosts;                                 // one a half-life; none in layers that do not try
+  };
+
+  static bool test(const Bits& bits, int32_t index) { return (bits[index / 64] >> (index % 64) & 1) != 0; }
+  // The `share` experts with the highest scores; among equals those in `incumbent`, then the lower.
+  void choose(const Layer& layer, const std::vector<float>& scores, const Bits& incumbent, Bits& chosen);
+  void try_ghosts(Layer& layer, std::span<const int32_t> counts);
+  void choose_rule();
+
+  const int32_t num_experts_;
+  std::vector<Layer> layers_;
+  std::array<float, kHalfLives.size()> decays_;
+  int32_t rule_ = 0;
+  std::vector<uint64_t> keys_;  // of choose()
+};
+
+}  // namespace moed

@@ -1,0 +1,502 @@
+#include "offload/ring.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+#include "offload/copy_queue.h"
+#include "offload/expert_cache.h"
+#include "offload/expert_index.h"
+#include "offload/read_fences.h"
+#include "offload/slots.h"
+
+namespace moed {
+namespace {
+
+// What copies and kernels like blobs to begin on.
+constexpr int64_t kAlignBytes = 256;
+constexpr int64_t kPacketBytesMin = 256;
+constexpr int64_t kPacketBytesMax = int64_t{1} << 30;
+// So far a prefetch looks for a slot that holds nothing it wants too.
+constexpr int32_t kLookMax = 16;
+// So many of a prefetch list count.
+constexpr size_t kWantedMax = 512;
+
+int64_t stride_bytes(const BlobShape& shape) { return (shape.bytes() + kAlignBytes - 1) / kAlignBytes * kAlignBytes; }
+
+std::string name(ExpertId id) { return "layer " + std::to_string(id.layer) + ", expert " + std::to_string(id.expert); }
+
+Status check_number(const char* field, int64_t value, int64_t min, int64_t max) {
+  if (value >= min && value <= max) return {};
+  return invalid_argument(std::string("ring: ") + field + " must be between " + std::to_string(min) + " and " +
+                              std::to_string(max) + ", not " + std::to_string(value),
+                          field);
+}
+
+Status check_config(const RingConfig& config, const ExpertIndex& index) {
+  const int64_t num_experts = index.size();
+  MOED_RETURN_IF_ERROR(check_number("packet_bytes", config.packet_bytes, kPacketBytesMin, kPacketBytesMax));
+  MOED_RETURN_IF_ERROR(check_number("staging_slots", config.staging_slots, 1, num_experts));
+  std::vector<uint8_t> seen(num_experts);
+  for (const ExpertId id : config.resident) {
+    if (!index.has(id)) return invalid_argument("ring: resident: the model has no " + name(id), "resident");
+    if (std::exchange(seen[index.of(id)], 1) != 0) {
+      return invalid_argument("ring: resident: " + name(id) + " is named twice", "resident");
+    }
+  }
+  const auto num_resident = static_cast<int64_t>(config.resident.size());
+  const int64_t staging = std::min<int64_t>(config.staging_slots, num_experts - num_resident);
+  return check_number("num_slots", config.num_slots, num_resident + staging, num_experts);
+}
+
+// How many experts of each layer the cache keeps: as even as it goes.
+std::vector<int32_t> cache_shares(const ExpertIndex& index, const std::vector<uint8_t>& resident, int32_t num_kept) {
+  std::vector<int32_t> room(index.num_layers(), index.num_experts());
+  for (int32_t i = 0; i < index.size(); ++i) room[i / index.num_experts()] -= resident[i];
+  std::vector<int32_t> shares(index.num_layers());
+  while (num_kept > 0) {
+    const auto open =
+        static_cast<int32_t>(std::count_if(room.begin(), room.end(), [](int32_t left) { return left > 0; }));
+    if (open == 0) break;
+    const int32_t dealt = std::min(num_kept, open);
+    for (int32_t layer = 0, nth = 0; layer < index.num_layers(); ++layer) {
+      if (room[layer] == 0) continue;
+      const bool gets = int64_t{nth} * dealt / open != int64_t{nth + 1} * dealt / open;
+      ++nth;
+      if (!gets) continue;
+      ++shares[layer];
+      --room[layer];
+    }
+    num_kept -= dealt;
+  }
+  return shares;
+}
+
+}  // namespace
+
+Lease::Lease(Lease&& other) noexcept : id_(other.id_), view_(other.view_), slot_(std::exchange(other.slot_, -1)) {}
+
+Lease& Lease::operator=(Lease&& other) noexcept {
+  MOED_CHECK(slot_ < 0 || this == &other) << "the lease on " << name(id_) << " was not retired";
+  id_ = other.id_;
+  view_ = other.view_;
+  slot_ = std::exchange(other.slot_, -1);
+  return *this;
+}
+
+Lease::~Lease() { MOED_CHECK(slot_ < 0) << "the lease on " << name(id_) << " was not retired"; }
+
+class Ring final : public ExpertRing {
+ public:
+  Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, const RingConfig& config,
+       std::vector<uint8_t> resident);
+  ~Ring() override;
+  Status start(const RingConfig& config, bool pinned);
+
+  std::optional<Lease> acquire(ExpertId id) override;
+  void acquire_present(int32_t layer, std::vector<Lease>& leases) override;
+  bool submitted(const Lease& lease) const override { return slots_[lease.slot()].fill >= Fill::kSubmitted; }
+  void order(const Lease& lease, Stream& reader) override;
+  void retire(std::vector<Lease>& leases, Stream& reader) override;
+  void routed(int32_t layer, std::span<const int32_t> counts) override;
+  void predicted(int32_t, std::span<const int32_t>) override {}
+  bool wants_prediction(int32_t) const override { return false; }
+  void prefetch(std::span<const ExpertId> wanted) override;
+  void pump() override;
+  void wait() override;
+  RingStats stats() const override { return stats_; }
+
+ private:
+  std::byte* data(int32_t slot) const { return memory_.data() + slot * stride_; }
+  Lease lease(int32_t slot);
+  // Puts the slot into the list that it belongs to.
+  void settle(int32_t slot);
+  int32_t take_for_demand();
+  int32_t take_for_prefetch();
+  void evict(int32_t slot);
+  void assign(int32_t slot, int32_t expert);
+  void keep_if_wanted(int32_t expert);
+  void unkeep(Slot& slot);
+  // Copies go on, but nobody waits for them.
+  void cancel(int32_t slot);
+  void collect();
+  void arrived(int32_t slot);
+  int32_t next_copy();
+  int32_t begin_prefetch();
+  int32_t wanted_expert();
+  void submit(int32_t slot);
+  void leave_background(int32_t slot);
+
+  const ExpertStore& store_;
+  const ExpertIndex index_;
+  Device& device_;
+  const BlobShape shape_;
+  const int64_t stride_;
+  const int64_t packet_bytes_;
+  int32_t ahead_max_ = 0;  // prefetched experts that nobody asked for yet
+  Buffer memory_;
+  std::vector<Slot> slots_;
+  std::vector<int32_t> slot_of_;     // [experts]; -1: absent
+  SlotList idle_;                    // pass through, free to be overwritten, the longest unused first
+  SlotList ahead_;                   // pass through, nobody's, but somebody will ask for them or they are being filled
+  SlotList demand_;                  // leased, to be copied
+  std::vector<int32_t> background_;  // begun, to be copied when there is no demand
+  std::vector<uint8_t> resident_;    // [experts]
+  ExpertCache cache_;
+  std::unique_ptr<CopyQueue> copies_;
+  ReadFences fences_;
+  std::vector<int32_t> freed_;
+  std::vector<int32_t> wanted_;  // the prefetch list, from wanted_next_ on
+  size_t wanted_next_ = 0;
+  std::vector<uint32_t> listed_;  // [experts]: the last list that named it
+  uint32_t list_number_ = 0;
+  RingStats stats_;
+};
+
+namespace {
+
+std::vector<int32_t> shares_of(const ExpertIndex& index, const std::vector<uint8_t>& resident,
+                               const RingConfig& config) {
+  const auto num_resident = static_cast<int32_t>(config.resident.size());
+  const int32_t num_kept = config.cache ? config.num_slots - num_resident - config.staging_slots : 0;
+  return cache_shares(index, resident, std::max(num_kept, 0));
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<ExpertRing>> ExpertRing::make(const ExpertStore& store, const ModelConfig& model,
+                                                       Device& device, const RingConfig& config) {
+  const ExpertIndex index(model);
+  MOED_RETURN_IF_ERROR(check_config(config, index));
+  std::vector<uint8_t> resident(index.size());
+  for (const ExpertId id : config.resident) resident[index.of(id)] = 1;
+  auto ring = std::make_unique<Ring>(store, index, device, config, std::move(resident));
+  MOED_RETURN_IF_ERROR(ring->start(config, true));
+  return std::unique_ptr<ExpertRing>(std::move(ring));
+}
+
+Ring::Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, const RingConfig& config,
+           std::vector<uint8_t> resident)
+    : store_(store),
+      index_(index),
+      device_(device),
+      shape_(store.shape()),
+      stride_(stride_bytes(shape_)),
+      packet_bytes_(config.packet_bytes),
+      slots_(config.num_slots),
+      slot_of_(index.size(), -1),
+      idle_(slots_, 0),
+      ahead_(slots_, 1),
+      demand_(slots_, 2),
+      resident_(std::move(resident)),
+      cache_(index.num_experts(), shares_of(index, resident_, config), resident_),
+      fences_(device, config.num_slots),
+      listed_(index.size()) {
+  const auto num_passing = config.num_slots - static_cast<int32_t>(config.resident.size());
+  ahead_max_ = config.cache ? std::max(1, config.staging_slots / 2) : std::max(1, num_passing - 1);
+  background_.reserve(config.num_slots);
+  freed_.reserve(int64_t{2} * config.num_slots);
+  wanted_.reserve(kWantedMax);
+}
+
+Ring::~Ring() = default;
+
+Status Ring::start(const RingConfig& config, bool pinned) {
+  StatusOr<Buffer> memory = device_.allocate(stride_ * config.num_slots, Memory::kDevice);
+  if (!memory.ok()) {
+    return Status(memory.status().code(), "the expert ring has " + std::to_string(config.num_slots) + " slots of " +
+                                              std::to_string(stride_) + " bytes, " +
+                                              std::to_string(stride_ * config.num_slots) +
+                                              " in all: " + memory.status().message());
+  }
+  memory_ = std::move(memory).value();
+  MOED_ASSIGN_OR_RETURN(copies_, CopyQueue::make(device_, packet_bytes_, pinned));
+  int32_t slot = 0;
+  for (const ExpertId id : config.resident) {
+    slots_[slot].resident = true;
+    assign(slot, index_.of(id));
+    while (slots_[slot].fill < Fill::kSubmitted) {
+      if (!copies_->has_room()) arrived(copies_->join());
+      submit(slot);
+    }
+    ++slot;
+  }
+  while (copies_->num_in_flight() > 0) arrived(copies_->join());
+  for (; slot < config.num_slots; ++slot) settle(slot);
+  return {};
+}
+
+Lease Ring::lease(int32_t slot) {
+  Lease lease;
+  lease.id_ = index_.id(slots_[slot].expert);
+  lease.view_ = {data(slot), shape_};
+  lease.slot_ = slot;
+  ++slots_[slot].leases;
+  slots_[slot].ahead = false;
+  return lease;
+}
+
+void Ring::settle(int32_t index) {
+  Slot& slot = slots_[index];
+  if (idle_.holds(index)) idle_.remove(index);
+  if (ahead_.holds(index)) ahead_.remove(index);
+  if (slot.resident || slot.kept || slot.leases > 0 || fences_.reading(index)) return;
+  if (slot.fill == Fill::kEmpty) {
+    idle_.push_front(index);
+  } else if (slot.fill == Fill::kArrived && !slot.ahead) {
+    idle_.push_back(index);
+  } else {
+    ahead_.push_back(index);
+  }
+}
+
+std::optional<Lease> Ring::acquire(ExpertId id) {
+  MOED_CHECK(index_.has(id)) << name(id);
+  const int32_t expert = index_.of(id);
+  int32_t slot = slot_of_[expert];
+  if (slot >= 0) {
+    ++stats_.hits;
+  } else {
+    slot = take_for_demand();
+    if (slot < 0) {
+      collect();
+      slot = take_for_demand();
+    }
+    if (slot < 0) return std::nullopt;
+    ++stats_.misses;
+    assign(slot, expert);
+  }
+  Lease result = lease(slot);
+  slots_[slot].unused = false;
+  keep_if_wanted(expert);
+  settle(slot);
+  if (slots_[slot].fill < Fill::kSubmitted && !demand_.holds(slot)) {
+    leave_background(slot);
+    demand_.push_back(slot);
+  }
+  return result;
+}
+
+void Ring::acquire_present(int32_t layer, std::vector<Lease>& leases) {
+  if (!index_.has({layer, 0})) return;
+  const int32_t first = index_.of({layer, 0});
+  for (int32_t expert = first; expert < first + index_.num_experts(); ++expert) {
+    const int32_t slot = slot_of_[expert];
+    if (slot < 0 || slots_[slot].fill < Fill::kSubmitted) continue;
+    leases.push_back(lease(slot));
+    settle(slot);
+  }
+}
+
+void Ring::order(const Lease& lease, Stream& reader) {
+  const Fill fill = slots_[lease.slot()].fill;
+  MOED_CHECK(fill >= Fill::kSubmitted) << name(lease.id()) << " is not submitted";
+  if (fill == Fill::kSubmitted) copies_->order(lease.slot(), reader);
+}
+
+void Ring::retire(std::vector<Lease>& leases, Stream& reader) {
+  bool fenced = false;
+  for (const Lease& lease : leases) {
+    // What was never submitted was never read.
+    if (lease.slot() < 0 || slots_[lease.slot()].fill < Fill::kSubmitted) continue;
+    if (!std::exchange(fenced, true)) fences_.begin(reader);
+    fences_.add(lease.slot());
+  }
+  if (fenced) fences_.end();
+  for (Lease& lease : leases) {
+    const int32_t slot = std::exchange(lease.slot_, -1);
+    if (slot < 0) continue;
+    MOED_CHECK(slots_[slot].leases > 0) << name(lease.id()) << " has no lease";
+    if (--slots_[slot].leases > 0) continue;
+    if (demand_.holds(slot)) cancel(slot);
+    settle(slot);
+  }
+  leases.clear();
+}
+
+void Ring::cancel(int32_t index) {
+  Slot& slot = slots_[index];
+  demand_.remove(index);
+  if (slot.fill == Fill::kCopying) {
+    background_.push_back(index);
+    return;
+  }
+  unkeep(slot);
+  slot_of_[slot.expert] = -1;
+  slot.expert = -1;
+  slot.fill = Fill::kEmpty;
+}
+
+void Ring::unkeep(Slot& slot) {
+  if (!std::exchange(slot.kept, false)) return;
+  const ExpertId id = index_.id(slot.expert);
+  cache_.drop(index_.moe_layer(id.layer), id.expert);
+}
+
+int32_t Ring::take_for_demand() {
+  int32_t slot = idle_.front();
+  // Else what was fetched last for later.
+  for (int32_t late = ahead_.back(); slot < 0 && late >= 0; late = slots_[late].previous) {
+    if (copies_->in_flight(late) == 0) slot = late;
+  }
+  return slot;
+}
+
+int32_t Ring::take_for_prefetch() {
+  if (ahead_.size() >= ahead_max_) return -1;
+  int32_t slot = idle_.front();
+  for (int32_t i = 0; slot >= 0 && i < kLookMax; ++i, slot = idle_.after(slot)) {
+    if (slots_[slot].expert < 0 || listed_[slots_[slot].expert] != list_number_) return slot;
+  }
+  return -1;
+}
+
+void Ring::evict(int32_t index) {
+  Slot& slot = slots_[index];
+  if (slot.expert < 0) return;
+  if (slot.fill == Fill::kArrived) ++stats_.evictions;
+  if (slot.unused) ++stats_.prefetched_unused;
+  leave_background(index);
+  slot_of_[slot.expert] = -1;
+}
+
+void Ring::assign(int32_t index, int32_t expert) {
+  evict(index);
+  Slot& slot = slots_[index];
+  slot.expert = expert;
+  slot.bytes_submitted = 0;
+  slot.fill = Fill::kQueued;
+  slot.ahead = slot.unused = false;
+  slot_of_[expert] = index;
+}
+
+void Ring::keep_if_wanted(int32_t expert) {
+  if (resident_[expert] != 0) return;
+  const ExpertId id = index_.id(expert);
+  const int32_t layer = index_.moe_layer(id.layer);
+  if (!cache_.keeps(layer, id.expert) || cache_.kept(layer, id.expert)) return;
+  const int32_t displaced = cache_.keep(layer, id.expert);
+  slots_[slot_of_[expert]].kept = true;
+  if (displaced < 0) return;
+  const int32_t slot = slot_of_[index_.of({id.layer, displaced})];
+  slots_[slot].kept = false;
+  settle(slot);
+}
+
+void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
+  MOED_CHECK(index_.has({layer, 0}) && static_cast<int32_t>(counts.size()) == index_.num_experts())
+      << "layer " << layer << ", " << counts.size() << " counts";
+  const int32_t first = index_.of({layer, 0});
+  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
+    const int32_t slot = slot_of_[first + expert];
+    if (slot < 0 || counts[expert] == 0) continue;
+    if (slots_[slot].leases > 0) ++stats_.hits;
+    slots_[slot].unused = false;
+  }
+  const int32_t moe_layer = index_.moe_layer(layer);
+  cache_.routed(moe_layer, counts);
+  for (int32_t expert = cache_.missing(moe_layer, 0); expert >= 0; expert = cache_.missing(moe_layer, expert + 1)) {
+    const int32_t slot = slot_of_[first + expert];
+    if (slot < 0) continue;
+    keep_if_wanted(first + expert);
+    settle(slot);
+  }
+}
+
+void Ring::prefetch(std::span<const ExpertId> wanted) {
+  wanted_.clear();
+  wanted_next_ = 0;
+  ++list_number_;
+  for (const ExpertId id : wanted.first(std::min(wanted.size(), kWantedMax))) {
+    MOED_CHECK(index_.has(id)) << name(id);
+    wanted_.push_back(index_.of(id));
+    listed_[wanted_.back()] = list_number_;
+  }
+}
+
+void Ring::pump() {
+  collect();
+  while (copies_->has_room()) {
+    const int32_t slot = next_copy();
+    if (slot < 0) return;
+    submit(slot);
+  }
+}
+
+void Ring::wait() {
+  const double begin_us = device_.now_us();
+  if (copies_->num_in_flight() == 0 && !fences_.any()) pump();
+  // A packet first: only when one has arrived may another set out.
+  if (copies_->num_in_flight() > 0) {
+    arrived(copies_->join());
+  } else {
+    freed_.clear();
+    fences_.join(freed_);
+    for (const int32_t slot : freed_) settle(slot);
+  }
+  stats_.wait_us += device_.now_us() - begin_us;
+  pump();
+}
+
+void Ring::collect() {
+  for (int32_t slot = copies_->poll(); slot >= 0; slot = copies_->poll()) arrived(slot);
+  freed_.clear();
+  fences_.poll(freed_);
+  for (const int32_t slot : freed_) settle(slot);
+}
+
+void Ring::arrived(int32_t index) {
+  Slot& slot = slots_[index];
+  if (slot.fill != Fill::kSubmitted || copies_->in_flight(index) > 0) return;
+  slot.fill = Fill::kArrived;
+  if (!slot.ahead) settle(index);
+}
+
+int32_t Ring::next_copy() {
+  if (demand_.front() >= 0) return demand_.front();
+  if (!background_.empty()) return background_.front();
+  return begin_prefetch();
+}
+
+int32_t Ring::begin_prefetch() {
+  const int32_t expert = wanted_expert();
+  if (expert < 0) return -1;
+  const int32_t slot = take_for_prefetch();
+  if (slot < 0) return -1;
+  assign(slot, expert);
+  slots_[slot].ahead = slots_[slot].unused = true;
+  ++stats_.prefetched;
+  keep_if_wanted(expert);
+  settle(slot);
+  background_.push_back(slot);
+  return slot;
+}
+
+int32_t Ring::wanted_expert() {
+  for (; wanted_next_ < wanted_.size(); ++wanted_next_) {
+    if (slot_of_[wanted_[wanted_next_]] < 0) return wanted_[wanted_next_];
+  }
+  return -1;
+}
+
+void Ring::submit(int32_t index) {
+  Slot& slot = slots_[index];
+  const int64_t bytes = std::min(packet_bytes_, shape_.bytes() - slot.bytes_submitted);
+  const std::byte* source = store_.blob(index_.id(slot.expert)).data + slot.bytes_submitted;
+  copies_->submit(index, data(index) + slot.bytes_submitted, source, bytes);
+  slot.bytes_submitted += bytes;
+  stats_.bytes_copied += bytes;
+  slot.fill = Fill::kCopying;
+  if (slot.bytes_submitted < shape_.bytes()) return;
+  slot.fill = Fill::kSubmitted;
+  if (demand_.holds(index)) demand_.remove(index);
+  leave_background(index);
+}
+
+void Ring::leave_background(int32_t slot) {
+  const auto at = std::find(background_.begin(), background_.end(), slot);
+  if (at != background_.end()) background_.erase(at);
+}
+
+}  // namespace moed
