@@ -15,6 +15,9 @@ class HugePages {
   HugePages() = default;
   // Errors: kResourceExhausted with the number of bytes asked for.
   static StatusOr<HugePages> allocate(int64_t bytes);
+  // Addresses of which only the pages that somebody writes cost memory, however many there are: for weights that have
+  // no contents. Errors as allocate().
+  static StatusOr<HugePages> reserve(int64_t bytes);
   ~HugePages();
   HugePages(HugePages&& other) noexcept;
   HugePages& operator=(HugePages&& other) noexcept;
@@ -27,6 +30,7 @@ class HugePages {
   int64_t size() const { return size_; }
 
  private:
+  static StatusOr<HugePages> map(int64_t bytes, int flags, int advice);
   HugePages(std::byte* data, int64_t size) : data_(data), size_(size) {}
   std::byte* data_ = nullptr;
   int64_t size_ = 0;

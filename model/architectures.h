@@ -54,5 +54,7 @@ StatusOr<int64_t> check_tensors(const Model& model, const TensorSource& source);
 // Seeded random weights in the shapes that the model wants, scaled so that activations stay near 1: for benchmarks and
 // tests without a checkpoint.
 std::unique_ptr<TensorSource> dummy_weights(const Model& model, uint64_t seed);
+// The shapes without contents, for devices that compute nothing.
+std::unique_ptr<TensorSource> hollow_weights(const Model& model);
 
 }  // namespace moed

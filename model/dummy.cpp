@@ -101,7 +101,15 @@ class DummySource : public TensorSource {
   std::map<std::string, RequiredTensor, std::less<>> tensors_;
 };
 
+class HollowSource : public DummySource {
+ public:
+  explicit HollowSource(const Model& model) : DummySource(model, 0) {}
+  bool hollow() const override { return true; }
+};
+
 }  // namespace
+
+std::unique_ptr<TensorSource> hollow_weights(const Model& model) { return std::make_unique<HollowSource>(model); }
 
 std::unique_ptr<TensorSource> dummy_weights(const Model& model, uint64_t seed) {
   return std::make_unique<DummySource>(model, seed);

@@ -30,6 +30,8 @@ class TensorSource {
   virtual Status read(std::string_view name, std::span<float> out) const = 0;
   // True when some tensor is stored wider than bf16: one warning is due.
   virtual bool rounds() const = 0;
+  // True when tensors have shapes alone: whoever loads them takes addresses (HugePages::reserve) and reads nothing.
+  virtual bool hollow() const { return false; }
 };
 
 // model.safetensors, or model.safetensors.index.json and its shards. Follows symlinks; shard names hold no path

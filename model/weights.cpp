@@ -114,10 +114,11 @@ StatusOr<DenseWeights> DenseWeights::load(const Model& model, const TensorSource
   };
   Layout sizes(model, nullptr);
   walk(sizes);
-  MOED_ASSIGN_OR_RETURN(weights.arena_, HugePages::allocate(sizes.bytes()));
+  MOED_ASSIGN_OR_RETURN(weights.arena_,
+                        source.hollow() ? HugePages::reserve(sizes.bytes()) : HugePages::allocate(sizes.bytes()));
   Layout places(model, weights.arena_.data());
   walk(places);
-  MOED_RETURN_IF_ERROR(load_tensors(source, places.loads(), progress));
+  if (!source.hollow()) MOED_RETURN_IF_ERROR(load_tensors(source, places.loads(), progress));
   return weights;
 }
 
