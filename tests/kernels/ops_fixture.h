@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tests/kernels/cases.h"
+#include "tests/kernels/ops_devices.h"
 #include "tests/kernels/reference.h"
 #include "tests/kernels/staged_ops.h"
 
@@ -16,30 +17,17 @@ namespace moed {
 
 inline constexpr int32_t kRowsMax = 600;
 
-struct OpsDevice {
-  std::string device;
-  std::string isa;
-};
-
 struct OpsDeviceName {
   std::string operator()(const testing::TestParamInfo<OpsDevice>& info) const {
     return info.param.device + "_" + info.param.isa;
   }
 };
 
-inline std::vector<OpsDevice> ops_devices() {
-  std::vector<OpsDevice> devices;
-  for (const char* device : {"cpu", "emulated"}) {
-    for (const std::string& isa : cases::supported_isas()) devices.push_back({device, isa});
-  }
-  return devices;
-}
-
 // Every op on every device and every ISA that this CPU has, against the references in double.
 class OpsTest : public testing::TestWithParam<OpsDevice> {
  protected:
   void SetUp() override {
-    auto device = open_device(GetParam().device, {.num_threads = 2, .deterministic = false, .isa = GetParam().isa});
+    auto device = open_ops_device(GetParam(), false);
     ASSERT_TRUE(device.ok()) << device.status().message();
     device_ = std::move(*device);
     stream_ = device_->make_stream();

@@ -251,12 +251,13 @@ TEST_P(OpsTest, RouteTiesGoToTheLowerExpert) {
 INSTANTIATE_TEST_SUITE_P(Devices, OpsTest, testing::ValuesIn(ops_devices()), OpsDeviceName());
 
 // The same bits for a row whatever stands beside it and however many threads there are.
-class InvarianceTest : public testing::TestWithParam<std::tuple<std::string, int>> {
+class InvarianceTest : public testing::TestWithParam<OpsDevice> {
  protected:
   void SetUp() override {
-    const auto& [isa, threads] = GetParam();
-    device_ = open_device("cpu", {.num_threads = threads, .deterministic = true, .isa = isa}).value();
-    alone_device_ = open_device("cpu", {.num_threads = 1, .deterministic = true, .isa = isa}).value();
+    OpsDevice alone = GetParam();
+    alone.num_threads = 1;
+    device_ = open_ops_device(GetParam(), true).value();
+    alone_device_ = open_ops_device(alone, true).value();
     stream_ = device_->make_stream();
     ASSERT_TRUE(device_->ops().reserve(cases::limits_for(kRowsMax)).ok());
     ASSERT_TRUE(alone_device_->ops().reserve(cases::limits_for(1)).ok());
@@ -354,11 +355,9 @@ TEST_P(InvarianceTest, ExpertsOverCalls) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Isa, InvarianceTest,
-                         testing::Combine(testing::ValuesIn(cases::supported_isas()), testing::Values(1, 2, 3)),
-                         [](const auto& param_info) {
-                           return std::get<0>(param_info.param) + "_" + std::to_string(std::get<1>(param_info.param));
-                         });
+INSTANTIATE_TEST_SUITE_P(Isa, InvarianceTest, testing::ValuesIn(invariant_devices()), [](const auto& param_info) {
+  return param_info.param.isa + "_" + std::to_string(param_info.param.num_threads);
+});
 
 }  // namespace
 }  // namespace moed

@@ -264,8 +264,7 @@ void run_block(const Grid& grid, const Extent& index, unsigned num_threads, Rand
   m.dynamic = poisoned(grid.dynamic_bytes);
   for (unsigned i = 0; i < num_threads; ++i) {
     Thread& thread = *m.threads[i];
-    thread.lane.thread = {i % grid.threads.x, i / grid.threads.x % grid.threads.y,
-                          i / grid.threads.x / grid.threads.y};
+    thread.lane.thread = {i % grid.threads.x, i / grid.threads.x % grid.threads.y, i / grid.threads.x / grid.threads.y};
     thread.lane.in_warp = i % kWarpSize;
     thread.state = State::kRunnable;
     thread.copies.clear();
@@ -277,7 +276,7 @@ void run_block(const Grid& grid, const Extent& index, unsigned num_threads, Rand
 }  // namespace
 
 void set_seed(uint64_t seed) { machine().seed = seed; }
-std::vector<Site> sites() { return machine().sites; }
+std::vector<Site> take_sites() { return std::exchange(machine().sites, {}); }
 void drop(const Site* site) {
   machine().dropped = site == nullptr ? std::optional<Site>() : std::optional<Site>(*site);
 }

@@ -9,10 +9,10 @@
 #include "base/function_ref.h"
 
 // Runs CUDA kernels on the host, one fiber a thread of the block, so that the op tests run them without a GPU. Lanes
-// advance in seeded random order from one meeting point to the next. What a GPU leaves undefined is made to show: shared
-// memory begins as NaN, asynchronous copies arrive at the wait and not before, each shared array is an allocation of its
-// own (asan sees its bounds), and a warp or a block whose threads do not meet at the same place ends the process with
-// one line. One thread of the host.
+// advance in seeded random order from one meeting point to the next. What a GPU leaves undefined is made to show:
+// shared memory begins as NaN, asynchronous copies arrive at the wait and not before, each shared array is an
+// allocation of its own (asan sees its bounds), and a warp or a block whose threads do not meet at the same place ends
+// the process with one line. One thread of the host.
 namespace moed::cuda_on_host {
 
 struct Extent {
@@ -29,8 +29,8 @@ struct Site {
 
 // Seeds the order of lanes in launches from now on.
 void set_seed(uint64_t seed);
-// The __syncthreads, __syncwarp and copy_async_wait that launches have met so far.
-std::vector<Site> sites();
+// The __syncthreads, __syncwarp and copy_async_wait that launches have met since this was last asked.
+std::vector<Site> take_sites();
 // From now on threads pass this one as if it were not there; null: none is left out.
 void drop(const Site* site);
 

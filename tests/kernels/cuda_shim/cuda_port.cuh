@@ -20,8 +20,8 @@
 #define blockDim (::moed::cuda_on_host::block().threads)
 #define gridDim (::moed::cuda_on_host::block().blocks)
 
-#define MOED_SHARED(type, name, count)    \
-  static constexpr char name##_key = 0;   \
+#define MOED_SHARED(type, name, count)        \
+  static constexpr char name##_key = 0;       \
   type* const name = reinterpret_cast<type*>( \
       ::moed::cuda_on_host::shared_array(&name##_key, static_cast<int64_t>(sizeof(type)) * (count)))
 #define MOED_DYNAMIC_SHARED(type, name) type* name = reinterpret_cast<type*>(::moed::cuda_on_host::dynamic_shared())
