@@ -27,8 +27,7 @@ void embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<flo
 void rms_norm(Matrix<const float> x, std::span<const int32_t> rows, const float* weight, float eps, Matrix<Bf16> out,
               const Launch& launch);
 // Own kernels: few rows by dot products, many on the tensor cores.
-void linear(Matrix<const Bf16> x, const LinearWeights& weights, bool accumulate, Matrix<float> y,
-            const Launch& launch);
+void linear(Matrix<const Bf16> x, const LinearWeights& weights, bool accumulate, Matrix<float> y, const Launch& launch);
 // y += bias, for products that a library computes.
 void add_bias(const float* bias, Matrix<float> y, const Launch& launch);
 void rope_append(const RopeAppend& args, const Launch& launch);
