@@ -72,7 +72,7 @@ void Scheduler::State::check_running() const {
     MOED_CHECK(static_cast<int64_t>(sequence.blocks.size()) >= blocks_for(sequence.num_cached)) << sequence.id;
     MOED_CHECK((sequence.num_missing() > 1) == prefilling.contains(running[i])) << "sequence " << sequence.id;
     num_prefilling += sequence.num_missing() > 1 ? 1 : 0;
-    const BlockPool& pool = blocks_of(sequence);
+    const BlockPool& pool = blocks_in(sequence.pool);
     MOED_CHECK(can_hold(sequence, sequence.pool)) << "sequence " << sequence.id << " will outgrow its pool";
     std::vector<int32_t> blocks = sequence.blocks;
     std::ranges::sort(blocks);

@@ -182,10 +182,9 @@ void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence,
   if (was_prefill && sequence.num_missing() <= 1) prefilling.erase(&sequence);
   if (sequence.num_missing() > 0) return;
 
-  TokenEvent& event = events.emplace_back();
-  event.request = sequence.request_id;
-  event.choice = sequence.choice;
-  event.has_token = step.sampling != nullptr;
+  if (num_events == events.size()) events.emplace_back();
+  TokenEvent& event = events[num_events++];
+  event = TokenEvent{.request = sequence.request_id, .choice = sequence.choice, .has_token = step.sampling != nullptr};
   if (!sequence.reported) {
     sequence.reported = true;
     event.num_cached_tokens = sequence.request->num_cached_prompt;
@@ -233,7 +232,7 @@ void Scheduler::State::keep_scores(const StepSequence& step, Sequence& sequence,
 // Tells the prefix cache of the blocks that have become full.
 void Scheduler::State::register_blocks(Sequence& sequence) {
   if (!config.prefix_cache) return;
-  PrefixCache& cache = blocks_of(sequence).cache;
+  PrefixCache& cache = blocks_in(sequence.pool).cache;
   const std::span<const int32_t> tokens(sequence.tokens);
   while ((sequence.num_hashed_blocks + 1) * config.block_tokens <= sequence.num_cached) {
     const int32_t index = sequence.num_hashed_blocks++;

@@ -193,7 +193,7 @@ bool Scheduler::State::start(Sequence& sequence) {
 Match Scheduler::State::match(const Sequence& sequence, Pool pool) const {
   Match match{.pool = pool, .blocks = {}, .num_tokens = 0};
   if (needs_scores(sequence)) return match;
-  if (config.prefix_cache) match.blocks = pools[static_cast<size_t>(pool)].find(sequence.tokens);
+  if (config.prefix_cache) match.blocks = blocks_in(pool).find(sequence.tokens);
   match.num_tokens = static_cast<int32_t>(match.blocks.size()) * config.block_tokens;
   const Sequence* holder = prompt_holder(sequence, pool);
   if (holder != nullptr && sequence.num_prompt - 1 > match.num_tokens) {
@@ -204,7 +204,7 @@ Match Scheduler::State::match(const Sequence& sequence, Pool pool) const {
 }
 
 bool Scheduler::State::fits(const Sequence& sequence, const Match& match) const {
-  const BlockAllocator& allocator = pools[static_cast<size_t>(match.pool)].allocator;
+  const BlockAllocator& allocator = blocks_in(match.pool).allocator;
   const int64_t num_total = blocks_for(static_cast<int64_t>(sequence.tokens.size()));
   const int64_t num_final = final_blocks(sequence.num_prompt, sequence.max_tokens);
   const int64_t reserve = std::clamp<int64_t>(num_final - num_total, 0, config.reserve_blocks);
@@ -217,7 +217,7 @@ bool Scheduler::State::fits(const Sequence& sequence, const Match& match) const 
 // The full blocks of the match are shared, the others are the sequence's own.
 void Scheduler::State::take_blocks(Sequence& sequence, const Match& match) {
   sequence.pool = match.pool;
-  BlockPool& pool = blocks_of(sequence);
+  BlockPool& pool = blocks_in(sequence.pool);
   const auto num_shared = static_cast<size_t>(match.num_tokens / config.block_tokens);
   const auto num_total = static_cast<size_t>(blocks_for(static_cast<int64_t>(sequence.tokens.size())));
   sequence.blocks.assign(match.blocks.begin(), match.blocks.begin() + static_cast<ptrdiff_t>(num_shared));
@@ -240,7 +240,7 @@ const Sequence* Scheduler::State::prompt_holder(const Sequence& sequence, Pool p
 
 // Makes room for the KV of one more token, at the expense of those of its pool that go after. False: not in this pass.
 bool Scheduler::State::grow(Sequence& sequence) {
-  BlockPool& pool = blocks_of(sequence);
+  BlockPool& pool = blocks_in(sequence.pool);
   while (pool.allocator.num_free() == 0) {
     Sequence* victim = last_preemptible(sequence.pool);
     if (victim == &sequence && must_wait_for_live(sequence)) return false;

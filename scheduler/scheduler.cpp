@@ -70,7 +70,7 @@ StepShape Scheduler::shape(PassKind kind) const { return state_->pass(kind).shap
 std::span<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& output, int64_t) {
   LivePass& pass = state_->pass(kind);
   MOED_CHECK(pass.live) << "no pass of that kind is live";
-  state_->events.clear();
+  state_->num_events = 0;
   auto answer = output.sequences.begin();
   for (size_t i = 0; i < pass.sequences.size(); ++i) {
     state_->prefetch_step(pass, i);
@@ -88,7 +88,7 @@ std::span<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& output,
   MOED_CHECK(answer == output.sequences.end())
       << "the engine answered for sequence " << answer->id << ", which has no row";
   pass.live = false;
-  return state_->events;
+  return std::span(state_->events).first(state_->num_events);
 }
 
 bool Scheduler::idle() const {

@@ -46,8 +46,7 @@ struct Scheduler::State {
   bool start(Sequence& sequence);
   Match match(const Sequence& sequence, Pool pool) const;
   bool can_hold(const Sequence& sequence, Pool pool) const {
-    return final_blocks(sequence.num_prompt, sequence.max_tokens) <=
-           pools[static_cast<size_t>(pool)].allocator.num_blocks();
+    return final_blocks(sequence.num_prompt, sequence.max_tokens) <= blocks_in(pool).allocator.num_blocks();
   }
   bool fits(const Sequence& sequence, const Match& match) const;
   void take_blocks(Sequence& sequence, const Match& match);
@@ -64,7 +63,7 @@ struct Scheduler::State {
   void leave(Sequence& sequence);
   void prompt_done(ActiveRequest& request);
   void erase_if_gone(ActiveRequest& request);
-  void release_blocks(Sequence& sequence) { blocks_of(sequence).release(sequence.blocks); }
+  void release_blocks(Sequence& sequence) { blocks_in(sequence.pool).release(sequence.blocks); }
   void enter_queue(Sequence& sequence, Phase phase);
   void leave_queue(Sequence& sequence);
   void enter_running(Sequence& sequence);
@@ -74,8 +73,8 @@ struct Scheduler::State {
   int64_t final_blocks(int64_t num_prompt, int32_t max_tokens) const {
     return blocks_for(num_prompt + std::max(max_tokens, 1) - 1);
   }
-  BlockPool& blocks_of(const Sequence& sequence) { return pools[static_cast<size_t>(sequence.pool)]; }
-  const BlockPool& blocks_of(const Sequence& sequence) const { return pools[static_cast<size_t>(sequence.pool)]; }
+  BlockPool& blocks_in(Pool pool) { return pools[static_cast<size_t>(pool)]; }
+  const BlockPool& blocks_in(Pool pool) const { return pools[static_cast<size_t>(pool)]; }
   std::array<int64_t, 2> num_free() const { return {pools[0].allocator.num_free(), pools[1].allocator.num_free()}; }
   bool needs_scores(const Sequence& sequence) const {
     return !sequence.reported && sequence.choice == 0 && sequence.request->spec.prompt_logprobs;
@@ -113,7 +112,8 @@ struct Scheduler::State {
   std::array<LivePass, 2> passes;
   std::vector<BlockCopy> copies;       // since the last pass was scheduled
   std::vector<BlockCopy> pass_copies;  // of the pass that was scheduled last
-  std::vector<TokenEvent> events;      // of the last commit()
+  std::vector<TokenEvent> events;      // slots, used again: one walk through them a step is cheaper than two
+  size_t num_events = 0;               // of the last commit()
   std::vector<Sequence*> decodes;      // scratch of fill_*: sequences that need one row,
   std::vector<Sequence*> needy;        // and those of them whose row has no slot yet,
   std::vector<Chunk> chunks;           // and chunks of long prefills
