@@ -8,7 +8,10 @@ namespace {
 
 constexpr int64_t kBf16Bytes = 2;
 constexpr int64_t kFloatBytes = 4;
+constexpr int64_t kAddressBytes = 8;
 constexpr int64_t kTensorAlignmentBytes = 64;
+// A slot of the ring begins on a multiple of this.
+constexpr int64_t kSlotAlignmentBytes = 256;
 constexpr int64_t kGiB = int64_t{1} << 30;
 constexpr int64_t kNumPasses = 2;
 // Code, tokenizer, connections, kernels' workspaces and the C++ heap.
@@ -20,11 +23,13 @@ constexpr int64_t kReserveShare = 8;
 constexpr int64_t kContextsDefault = 16;
 // Logits are computed for so many rows at a time.
 constexpr int64_t kLogitRows = 64;
+// Tables of the experts' addresses: one a layer, and those of the calls that are under way.
+constexpr int64_t kTablesUnderWay = 64;
 // A context below this (or below the model's own) serves nobody.
 constexpr int64_t kContextMin = 256;
 
-int64_t padded(int64_t bytes) {
-  return (bytes + kTensorAlignmentBytes - 1) / kTensorAlignmentBytes * kTensorAlignmentBytes;
+int64_t padded(int64_t bytes, int64_t alignment = kTensorAlignmentBytes) {
+  return (bytes + alignment - 1) / alignment * alignment;
 }
 int64_t matrix_bytes(int64_t rows, int64_t columns) { return padded(rows * columns * kBf16Bytes); }
 // Norms and biases are kept in fp32.
@@ -78,7 +83,8 @@ int64_t activation_bytes(const ModelConfig& config, const BudgetLimits& limits, 
   const int64_t logit_bytes = kLogitRows * (config.vocab_size * kFloatBytes + hidden * kBf16Bytes + kFloatBytes);
   const int64_t pass_bytes =
       limits.pass_rows_max * row_bytes + limits.sequences_max * sequence_bytes + logit_bytes + 4096;
-  return kNumPasses * pass_bytes + context_tokens * config.rope.rotary_dim * kFloatBytes;
+  const int64_t expert_tables = (config.num_layers + kTablesUnderWay) * (config.moe.num_experts + 1) * kAddressBytes;
+  return kNumPasses * pass_bytes + expert_tables + context_tokens * config.rope.rotary_dim * kFloatBytes;
 }
 
 Status check_limits(const ModelConfig& config, const BudgetLimits& limits, const MachineMemory& machine) {
@@ -152,7 +158,7 @@ DeviceDemand device_demand(const ModelConfig& config, const BudgetLimits& limits
           .contexts_max = std::min<int64_t>(limits.sequences_max, kContextsDefault),
           .kv = limits.kv,
           .kv_gib = limits.device_kv_gib,
-          .expert_bytes = num_experts > 0 ? budget.expert_weight_bytes / num_experts : 0,
+          .expert_bytes = num_experts > 0 ? padded(budget.expert_weight_bytes / num_experts, kSlotAlignmentBytes) : 0,
           .num_experts = limits.experts_on_device ? num_experts : 0,
           .all_resident = limits.all_experts_resident,
           .num_resident = limits.num_resident,

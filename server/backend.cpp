@@ -43,6 +43,7 @@ class LoadedBackend final : public Backend {
   StepModel prior() const override { return prior_; }
   Planning planning() const override { return planning_; }
   std::string device_description() const override { return std::string(opened_->description()); }
+  OpenedEngine* opened() override { return opened_.get(); }
 
  private:
   DenseWeights weights_;
@@ -65,7 +66,8 @@ int64_t meminfo_bytes(const std::string& key) {
   return std::numeric_limits<int64_t>::max();
 }
 
-StatusOr<std::unique_ptr<TensorSource>> open_source(const Settings& settings, const Model& model) {
+StatusOr<std::unique_ptr<TensorSource>> open_source(const Settings& settings, const Model& model, bool simulated) {
+  if (simulated) return hollow_weights(model);
   if (settings.model.load_format == "dummy") return dummy_weights(model, kDummySeed);
   MOED_ASSIGN_OR_RETURN(auto source, open_checkpoint(settings.model.path));
   MOED_ASSIGN_OR_RETURN(const int64_t unused, check_tensors(model, *source));
@@ -110,8 +112,7 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
   config.staging_blocks = budget.device.staging_blocks;
   config.ring.num_slots = static_cast<int32_t>(budget.device.num_slots);
   config.ring.resident = planning.residency.resident;
-  config.ring.staging_slots =
-      std::min(limits.passing_slots, config.ring.num_slots - static_cast<int32_t>(config.ring.resident.size()));
+  config.ring.staging_slots = std::min(limits.passing_slots, config.ring.num_slots);
   config.ring.cache = planning.policy->cache;
   return config;
 }
@@ -125,16 +126,20 @@ MachineMemory machine_memory() {
   return memory;
 }
 
-StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
-                                                const LoadProgress& progress) {
-  MOED_ASSIGN_OR_RETURN(const auto source, open_source(settings, model));
+namespace {
 
-  DeviceSpec device;
-  device.device = settings.device.device;
-  device.num_threads = static_cast<int>(settings.device.threads);
-  device.deterministic = settings.device.deterministic;
-  device.memory_gib = settings.device.device_memory_gib;
-  MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(device));
+DeviceSpec device_spec(const Settings& settings) {
+  DeviceSpec spec;
+  spec.device = settings.device.device;
+  spec.num_threads = static_cast<int>(settings.device.threads);
+  spec.deterministic = settings.device.deterministic;
+  spec.memory_gib = settings.device.device_memory_gib;
+  return spec;
+}
+
+StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened, const Settings& settings,
+                                           const Model& model, const LoadProgress& progress) {
+  MOED_ASSIGN_OR_RETURN(const auto source, open_source(settings, model, opened->is_simulated()));
   spdlog::info("device: {}", opened->description());
 
   const bool has_device = opened->device_memory_bytes() > 0;
@@ -142,11 +147,16 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
                         resolve_placement(placement_request(settings), model.config, has_device));
   MachineMemory machine = machine_memory();
   machine.device_bytes = opened->device_memory_bytes();
+  if (opened->is_simulated()) {
+    machine.host_free_bytes = opened->host_memory_bytes();
+    machine.source = "simulated";
+  }
   const BudgetLimits limits = budget_limits(settings, placement);
   MOED_ASSIGN_OR_RETURN(MemoryBudget budget, memory_budget(model.config, limits, machine));
   spdlog::info("memory: {}", budget.describe());
   Planning planning = make_planning(placement, model.config, has_device, budget.device.num_slots);
-  const int threads = device.num_threads > 0 ? device.num_threads : default_compute_threads();
+  const int threads =
+      settings.device.threads > 0 ? static_cast<int>(settings.device.threads) : default_compute_threads();
   planning.rates.host_bytes = kPriorBytesPerUs;
   planning.rates.host_flops = kPriorFlopsPerUsPerThread * threads;
   if (has_device) {
@@ -170,6 +180,28 @@ StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const 
                                                  std::move(budget), prior, std::move(planning));
   MOED_RETURN_IF_ERROR(backend->start(model, config));
   return std::unique_ptr<Backend>(std::move(backend));
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
+                                                const LoadProgress& progress) {
+  MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(device_spec(settings)));
+  if (opened->is_simulated()) {
+    return invalid_argument("device " + settings.device.device + " computes nothing: it is for `moed bench engine`",
+                            "device.device");
+  }
+  return load_on(std::move(opened), settings, model, progress);
+}
+
+StatusOr<std::unique_ptr<Backend>> load_bench_backend(const Settings& settings, const Model& model,
+                                                      const BenchDevice& bench) {
+  DeviceSpec spec = device_spec(settings);
+  spec.seed = bench.seed;
+  spec.router = bench.router;
+  spec.traced = bench.traced;
+  MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(spec));
+  return load_on(std::move(opened), settings, model, [](int64_t, int64_t) {});
 }
 
 }  // namespace moed
