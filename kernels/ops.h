@@ -144,9 +144,9 @@ struct Combine {
   Matrix<const float> y;        // [rows * choices, hidden]
   Matrix<const float> weights;  // [rows, choices]; data null: all ones
   int32_t choices = 1;
-  Matrix<float> residual;                       // [rows, hidden]
-  Matrix<const float> host_y;                   // [rows * choices, hidden], mapped; data null: none
-  Matrix<const int32_t> experts;                // [rows, top_k]; with host_y
+  Matrix<float> residual;                        // [rows, hidden]
+  Matrix<const float> host_y;                    // [rows * choices, hidden], mapped; data null: none
+  Matrix<const int32_t> experts;                 // [rows, top_k]; with host_y
   std::span<const std::byte* const> host_blobs;  // table: [num_experts]; with host_y
 };
 
@@ -163,9 +163,9 @@ struct OpLimits {
 };
 
 // The kernels of a device. Each call enqueues on `stream`; on the host device it has run when it returns. Pointers are
-// what the device can read; tables (tokens, positions, slots, spans, blobs) are written by the host in kMapped memory. Nothing allocates after
-// reserve(), but for what a library keeps of a weight shape when it first meets it with many rows. Sums in fp32, inputs
-// of products in bf16. Serving thread only.
+// what the device can read; tables (tokens, positions, slots, spans, blobs) are written by the host in kMapped memory.
+// Nothing allocates after reserve(), but for what a library keeps of a weight shape when it first meets it with many
+// rows. Sums in fp32, inputs of products in bf16. Serving thread only.
 class Ops {
  public:
   virtual ~Ops() = default;
