@@ -24,10 +24,11 @@ class HybridEngine : public Engine {
   HybridEngine(const ModelConfig& model, const EngineConfig& config, Device& device)
       : model_(model), config_(config), device_(device), stream_(device.make_stream()) {}
   ~HybridEngine() override {
-    // What is still enqueued (a copied block, say) may touch what dies here.
+    // What is still enqueued (a copied block, say) may touch what dies here. Whether it failed interests nobody: make()
+    // or the pass that needed it has said so.
     const std::unique_ptr<Event> last = device_.make_event();
     stream_->record(*last);
-    check_device(last->join());
+    static_cast<void>(last->join());
   }
 
   Status prepare(const DenseWeights& weights, const ExpertStore& experts) {

@@ -308,13 +308,16 @@ void MoeExecutor::run_host_batch(const Work& work) {
 
 bool MoeExecutor::stream_some(const Work& work) {
   if (ring_ == nullptr) return false;
+  ring_->pump();
+  const size_t num_leased = pending_.size();
   while (next_streamed_ < streamed_.size()) {
     std::optional<Lease> lease = ring_->acquire({work.layer, streamed_[next_streamed_]});
     if (!lease.has_value()) break;
     pending_.push_back(std::move(*lease));
     ++next_streamed_;
   }
-  ring_->pump();
+  // Not after an acquire() in vain: what it waits for is to be still under way when wait() looks.
+  if (pending_.size() > num_leased) ring_->pump();
   submitted_.clear();
   const auto waiting = std::stable_partition(pending_.begin(), pending_.end(),
                                              [&](const Lease& lease) { return !ring_->submitted(lease); });

@@ -51,7 +51,7 @@ EngineConfig config_of(const PolicyCase& policy, const ModelConfig& model, Engin
   std::mt19937_64 random(9);
   const std::vector<ExpertId> shuffled = random_order(experts, random);
   config.ring.resident.assign(shuffled.begin(), shuffled.begin() + num_resident);
-  config.ring.staging_slots = std::min(kStagingSlots, count - num_resident);
+  config.ring.staging_slots = kStagingSlots;
   config.ring.num_slots = std::min(count, num_resident + std::max(kStagingSlots, share(policy.slots_percent)));
   return config;
 }
