@@ -187,10 +187,6 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
 StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
                                                 const LoadProgress& progress) {
   MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(device_spec(settings)));
-  if (opened->is_simulated()) {
-    return invalid_argument("device " + settings.device.device + " computes nothing: it is for `moed bench engine`",
-                            "device.device");
-  }
   return load_on(std::move(opened), settings, model, progress);
 }
 

@@ -15,6 +15,8 @@
 
 namespace moed {
 
+class OpenedEngine;
+
 // What runs passes, with all that it needs to stay alive.
 class Backend {
  public:
@@ -25,6 +27,8 @@ class Backend {
   // How passes are to be planned; by default as on a box without a device.
   virtual Planning planning() const { return {}; }
   virtual std::string device_description() const = 0;
+  // The engine with its device; null where there is none.
+  virtual OpenedEngine* opened() { return nullptr; }
 };
 
 // Bytes that arrived and bytes that will; called now and then from the loading thread.
@@ -36,6 +40,17 @@ using BackendFactory =
 // weights. Errors are one line with the arithmetic or the tensor at fault.
 StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
                                                 const LoadProgress& progress);
+
+// What benchmarks want beyond settings.
+struct BenchDevice {
+  uint64_t seed = 0;   // of emulated and simulated devices
+  std::string router;  // of simulated ones
+  bool traced = false;
+};
+// The same for a benchmark, which may run on a simulated device: its weights are addresses alone, and its host memory
+// is the simulated machine's.
+StatusOr<std::unique_ptr<Backend>> load_bench_backend(const Settings& settings, const Model& model,
+                                                      const BenchDevice& bench);
 
 // Host memory that this process may still take: min(MemAvailable, cgroup headroom).
 MachineMemory machine_memory();

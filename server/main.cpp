@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "server/backend.h"
+#include "server/bench_engine.h"
 #include "server/serve.h"
 #include "server/settings.h"
 
@@ -22,6 +23,9 @@ constexpr const char* kUsage =
     "                                                 exit 0 when the daemon on this machine answers /health with "
     "200;\n"
     "                                                 reads the same file and environment as serve\n"
+    "  moed bench engine --model DIR|--shape NAME [...]\n"
+    "                                                 measure the engine on a device, simulated ones included; "
+    "`--help`\n"
     "  moed docs-config                               print docs/CONFIG.md\n"
     "  moed version                                   print the version\n";
 
@@ -56,6 +60,13 @@ int main(int argc, char** argv) {
   const std::vector<std::string> args(argv + std::min(argc, 2), argv + argc);
   if (command == "serve") return run_serve(args);
   if (command == "health") return run_health(args);
+  if (command == "bench") {
+    if (args.empty() || args.front() != "engine") {
+      std::fputs("moed bench: there is `moed bench engine`\n", stderr);
+      return 2;
+    }
+    return moed::bench_engine({args.begin() + 1, args.end()}, environ);
+  }
   if (command == "docs-config") {
     std::fputs(moed::settings_markdown().c_str(), stdout);
     return 0;
