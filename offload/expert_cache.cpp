@@ -15,6 +15,8 @@ constexpr int32_t kGhostLayers = 4;
 constexpr float kHitDecay = 0.998F;
 // What a rule must be better by to take over.
 constexpr float kRuleMargin = 1.01F;
+// What an expert's score must be better by to be copied in place of another that nobody asked to go.
+constexpr float kCopyMargin = 1.25F;
 
 }  // namespace
 
@@ -127,12 +129,23 @@ int32_t ExpertCache::missing(int32_t layer_index, int32_t expert) const {
   if (expert >= num_experts_) return -1;
   uint64_t mask = ~uint64_t{0} << expert % 64;
   for (size_t word = static_cast<size_t>(expert) / 64; word < layer.wanted.size(); ++word, mask = ~uint64_t{0}) {
-    for (uint64_t bits = layer.wanted[word] & ~layer.kept[word] & mask; bits != 0; bits &= bits - 1) {
-      const int32_t found = static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
-      if (layer.scores[rule_][found] > 0.0F) return found;
-    }
+    const uint64_t bits = layer.wanted[word] & ~layer.kept[word] & mask;
+    if (bits != 0) return static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
   }
   return -1;
+}
+
+bool ExpertCache::gains(int32_t layer_index, int32_t expert) const {
+  const Layer& layer = layers_[layer_index];
+  const std::vector<float>& scores = layer.scores[rule_];
+  if (layer.num_kept < layer.share) return scores[expert] > 0.0F;
+  float least = scores[expert];
+  for (size_t word = 0; word < layer.kept.size(); ++word) {
+    for (uint64_t bits = layer.kept[word] & ~layer.wanted[word]; bits != 0; bits &= bits - 1) {
+      least = std::min(least, scores[word * 64 + static_cast<size_t>(std::countr_zero(bits))]);
+    }
+  }
+  return scores[expert] > kCopyMargin * least;
 }
 
 }  // namespace moed

@@ -15,7 +15,7 @@ namespace moed {
 class ExpertCache {
  public:
   // In visits of the layer.
-  static constexpr std::array<float, 4> kHalfLives = {1.0F, 32.0F, 128.0F, 512.0F};
+  static constexpr std::array<float, 5> kHalfLives = {1.0F, 8.0F, 32.0F, 96.0F, 384.0F};
 
   // shares: [layers], how many experts of each are kept. resident: [layers * num_experts], not 0 for those that are
   // never counted.
@@ -31,9 +31,10 @@ class ExpertCache {
   int32_t keep(int32_t layer, int32_t expert);
   // It never came. REQUIRES: kept().
   void drop(int32_t layer, int32_t expert);
-  // The next expert of the layer, from `expert` on, that should be kept and is not, and has been chosen at all; -1:
-  // none.
+  // The next expert of the layer, from `expert` on, that should be kept and is not; -1: none.
   int32_t missing(int32_t layer, int32_t expert) const;
+  // Whether a missing expert is so much better than one that is kept in its stead that it is worth a copy.
+  bool gains(int32_t layer, int32_t expert) const;
   float score(int32_t layer, int32_t expert) const { return layers_[layer].scores[rule_][expert]; }
   // Index into kHalfLives.
   int32_t rule() const { return rule_; }

@@ -8,6 +8,7 @@
 #include "offload/copy_queue.h"
 #include "offload/expert_cache.h"
 #include "offload/expert_index.h"
+#include "offload/prefetcher.h"
 #include "offload/read_fences.h"
 #include "offload/slots.h"
 
@@ -20,8 +21,8 @@ constexpr int64_t kPacketBytesMin = 256;
 constexpr int64_t kPacketBytesMax = int64_t{1} << 30;
 // So far a prefetch looks for a slot that holds nothing it wants too.
 constexpr int32_t kLookMax = 16;
-// So many of a prefetch list count.
-constexpr size_t kWantedMax = 512;
+// Slots for prefetches beyond what is asked for, where there are 16 times as many.
+constexpr int32_t kMorePassing = 8;
 
 int64_t stride_bytes(const BlobShape& shape) { return (shape.bytes() + kAlignBytes - 1) / kAlignBytes * kAlignBytes; }
 
@@ -100,9 +101,9 @@ class Ring final : public ExpertRing {
   void order(const Lease& lease, Stream& reader) override;
   void retire(std::vector<Lease>& leases, Stream& reader) override;
   void routed(int32_t layer, std::span<const int32_t> counts) override;
-  void predicted(int32_t, std::span<const int32_t>) override {}
-  bool wants_prediction(int32_t) const override { return false; }
-  void prefetch(std::span<const ExpertId> wanted) override;
+  void predicted(int32_t layer, std::span<const int32_t> counts) override;
+  bool wants_prediction(int32_t layer) const override;
+  void prefetch(std::span<const ExpertId> wanted) override { prefetcher_.list(wanted); }
   void pump() override;
   void wait() override;
   RingStats stats() const override { return stats_; }
@@ -124,7 +125,6 @@ class Ring final : public ExpertRing {
   void arrived(int32_t slot);
   int32_t next_copy();
   int32_t begin_prefetch();
-  int32_t wanted_expert();
   void submit(int32_t slot);
   void leave_background(int32_t slot);
 
@@ -144,23 +144,26 @@ class Ring final : public ExpertRing {
   std::vector<int32_t> background_;  // begun, to be copied when there is no demand
   std::vector<uint8_t> resident_;    // [experts]
   ExpertCache cache_;
+  Prefetcher prefetcher_;
   std::unique_ptr<CopyQueue> copies_;
   ReadFences fences_;
   std::vector<int32_t> freed_;
-  std::vector<int32_t> wanted_;  // the prefetch list, from wanted_next_ on
-  size_t wanted_next_ = 0;
-  std::vector<uint32_t> listed_;  // [experts]: the last list that named it
-  uint32_t list_number_ = 0;
   RingStats stats_;
 };
 
 namespace {
 
+int32_t num_passing(const RingConfig& config) {
+  const int32_t pool = config.num_slots - static_cast<int32_t>(config.resident.size());
+  if (!config.cache) return pool;
+  const int32_t more = std::min(std::max(0, pool / 16 - config.staging_slots), kMorePassing);
+  return std::min(pool, config.staging_slots + more);
+}
+
 std::vector<int32_t> shares_of(const ExpertIndex& index, const std::vector<uint8_t>& resident,
                                const RingConfig& config) {
   const auto num_resident = static_cast<int32_t>(config.resident.size());
-  const int32_t num_kept = config.cache ? config.num_slots - num_resident - config.staging_slots : 0;
-  return cache_shares(index, resident, std::max(num_kept, 0));
+  return cache_shares(index, resident, config.num_slots - num_resident - num_passing(config));
 }
 
 }  // namespace
@@ -191,13 +194,11 @@ Ring::Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, c
       demand_(slots_, 2),
       resident_(std::move(resident)),
       cache_(index.num_experts(), shares_of(index, resident_, config), resident_),
-      fences_(device, config.num_slots),
-      listed_(index.size()) {
-  const auto num_passing = config.num_slots - static_cast<int32_t>(config.resident.size());
-  ahead_max_ = config.cache ? std::max(1, config.staging_slots / 2) : std::max(1, num_passing - 1);
+      prefetcher_(index_, cache_),
+      fences_(device, config.num_slots) {
+  ahead_max_ = std::max(1, num_passing(config) - (config.staging_slots + 1) / 2);
   background_.reserve(config.num_slots);
   freed_.reserve(int64_t{2} * config.num_slots);
-  wanted_.reserve(kWantedMax);
 }
 
 Ring::~Ring() = default;
@@ -265,6 +266,7 @@ std::optional<Lease> Ring::acquire(ExpertId id) {
     }
     if (slot < 0) return std::nullopt;
     ++stats_.misses;
+    prefetcher_.streamed();
     assign(slot, expert);
   }
   Lease result = lease(slot);
@@ -347,7 +349,7 @@ int32_t Ring::take_for_prefetch() {
   if (ahead_.size() >= ahead_max_) return -1;
   int32_t slot = idle_.front();
   for (int32_t i = 0; slot >= 0 && i < kLookMax; ++i, slot = idle_.after(slot)) {
-    if (slots_[slot].expert < 0 || listed_[slots_[slot].expert] != list_number_) return slot;
+    if (slots_[slot].expert < 0 || !prefetcher_.named(slots_[slot].expert)) return slot;
   }
   return -1;
 }
@@ -395,6 +397,7 @@ void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
     slots_[slot].unused = false;
   }
   const int32_t moe_layer = index_.moe_layer(layer);
+  prefetcher_.routed(moe_layer, counts);
   cache_.routed(moe_layer, counts);
   for (int32_t expert = cache_.missing(moe_layer, 0); expert >= 0; expert = cache_.missing(moe_layer, expert + 1)) {
     const int32_t slot = slot_of_[first + expert];
@@ -404,15 +407,14 @@ void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
   }
 }
 
-void Ring::prefetch(std::span<const ExpertId> wanted) {
-  wanted_.clear();
-  wanted_next_ = 0;
-  ++list_number_;
-  for (const ExpertId id : wanted.first(std::min(wanted.size(), kWantedMax))) {
-    MOED_CHECK(index_.has(id)) << name(id);
-    wanted_.push_back(index_.of(id));
-    listed_[wanted_.back()] = list_number_;
-  }
+void Ring::predicted(int32_t layer, std::span<const int32_t> counts) {
+  MOED_CHECK(index_.has({layer, 0}) && static_cast<int32_t>(counts.size()) == index_.num_experts())
+      << "layer " << layer << ", " << counts.size() << " counts";
+  prefetcher_.predicted(index_.moe_layer(layer), counts, [this](int32_t expert) { return slot_of_[expert] < 0; });
+}
+
+bool Ring::wants_prediction(int32_t layer) const {
+  return index_.has({layer, 0}) && prefetcher_.wants_prediction(index_.moe_layer(layer));
 }
 
 void Ring::pump() {
@@ -460,10 +462,10 @@ int32_t Ring::next_copy() {
 }
 
 int32_t Ring::begin_prefetch() {
-  const int32_t expert = wanted_expert();
-  if (expert < 0) return -1;
   const int32_t slot = take_for_prefetch();
   if (slot < 0) return -1;
+  const int32_t expert = prefetcher_.next([this](int32_t each) { return slot_of_[each] < 0; });
+  if (expert < 0) return -1;
   assign(slot, expert);
   slots_[slot].ahead = slots_[slot].unused = true;
   ++stats_.prefetched;
@@ -471,13 +473,6 @@ int32_t Ring::begin_prefetch() {
   settle(slot);
   background_.push_back(slot);
   return slot;
-}
-
-int32_t Ring::wanted_expert() {
-  for (; wanted_next_ < wanted_.size(); ++wanted_next_) {
-    if (slot_of_[wanted_[wanted_next_]] < 0) return wanted_[wanted_next_];
-  }
-  return -1;
 }
 
 void Ring::submit(int32_t index) {

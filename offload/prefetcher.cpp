@@ -1,0 +1,161 @@
+#include "offload/prefetcher.h"
+
+#include <algorithm>
+#include <bit>
+#include <utility>
+
+#include "base/check.h"
+
+namespace moed {
+namespace {
+
+// A layer's first visits are all scored; later, where the lookahead is not trusted, one in so many.
+constexpr int64_t kFirstScored = 16;
+constexpr int64_t kScoredEvery = 32;
+// Of the sums that the lookahead is judged by, at each visit scored.
+constexpr float kScoreDecay = 0.95F;
+// Of the experts that the lookahead names, so many must be chosen to be worth their copies.
+constexpr float kPrecisionMin = 0.5F;
+// Passes over the model in which nothing was streamed until popular experts are copied no more.
+constexpr int64_t kIdlePasses = 2;
+
+bool test(const std::vector<uint64_t>& bits, int32_t index) { return (bits[index / 64] >> (index % 64) & 1) != 0; }
+void set(std::vector<uint64_t>& bits, int32_t index) { bits[index / 64] |= uint64_t{1} << index % 64; }
+
+}  // namespace
+
+Prefetcher::Prefetcher(const ExpertIndex& index, const ExpertCache& cache)
+    : index_(index),
+      cache_(cache),
+      layers_(index.num_layers()),
+      expected_(index.size()),
+      listed_(index.size()),
+      visits_streamed_(kIdlePasses * index.num_layers()),
+      keys_(index.num_experts()) {
+  const size_t words = (static_cast<size_t>(index.num_experts()) + 63) / 64;
+  for (Layer& layer : layers_) {
+    for (Trial& trial : layer.trials) {
+      trial.named.resize(words);
+      trial.popular.resize(words);
+    }
+  }
+  expecting_.reserve(int64_t{2} * index.num_experts());
+  list_.reserve(kListMax);
+}
+
+bool Prefetcher::wants_prediction(int32_t moe_layer) const {
+  const Layer& layer = layers_[moe_layer];
+  return layer.trusted || layer.num_scored < kFirstScored || layer.visits % kScoredEvery == 0;
+}
+
+void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts,
+                           FunctionRef<bool(int32_t expert)> absent) {
+  Layer& layer = layers_[moe_layer];
+  if (layer.num_trials == static_cast<int32_t>(layer.trials.size())) {
+    std::swap(layer.trials[0], layer.trials[1]);
+    --layer.num_trials;
+  }
+  Trial& trial = layer.trials[layer.num_trials++];
+  std::fill(trial.named.begin(), trial.named.end(), 0);
+  trial.count = 0;
+  const int32_t first = moe_layer * index_.num_experts();
+  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
+    if (counts[expert] == 0 || !absent(first + expert)) continue;
+    set(trial.named, expert);
+    keys_[trial.count++] = uint64_t{static_cast<uint32_t>(counts[expert])} << 32 | static_cast<uint32_t>(expert);
+  }
+  if (layer.trusted) {
+    if (std::exchange(expecting_layer_, moe_layer) != moe_layer) {
+      expecting_.clear();
+      expecting_next_ = 0;
+      ++expected_number_;
+    }
+    std::sort(keys_.begin(), keys_.begin() + trial.count, std::greater<>());
+    for (int32_t i = 0; i < trial.count && expecting_.size() < expecting_.capacity(); ++i) {
+      expecting_.push_back(first + static_cast<int32_t>(keys_[i] & 0xffffffff));
+      expected_[expecting_.back()] = expected_number_;
+    }
+  }
+  choose_popular(moe_layer, trial, absent);
+}
+
+void Prefetcher::choose_popular(int32_t moe_layer, Trial& trial, FunctionRef<bool(int32_t expert)> absent) {
+  std::fill(trial.popular.begin(), trial.popular.end(), 0);
+  if (trial.count == 0) return;
+  int32_t count = 0;
+  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
+    if (!absent(moe_layer * index_.num_experts() + expert)) continue;
+    keys_[count++] = uint64_t{std::bit_cast<uint32_t>(cache_.score(moe_layer, expert))} << 32 |
+                     static_cast<uint32_t>(index_.num_experts() - 1 - expert);
+  }
+  std::nth_element(keys_.begin(), keys_.begin() + trial.count - 1, keys_.begin() + count, std::greater<>());
+  for (int32_t i = 0; i < trial.count; ++i) {
+    set(trial.popular, index_.num_experts() - 1 - static_cast<int32_t>(keys_[i] & 0xffffffff));
+  }
+}
+
+void Prefetcher::routed(int32_t moe_layer, std::span<const int32_t> counts) {
+  Layer& layer = layers_[moe_layer];
+  ++layer.visits;
+  ++visits_streamed_;
+  popular_layer_ = (moe_layer + 1) % index_.num_layers();
+  popular_left_ = visits_streamed_ <= kIdlePasses * index_.num_layers() ? index_.num_layers() : 0;
+  if (expecting_layer_ == moe_layer) expecting_layer_ = -1;
+  if (layer.num_trials == 0) return;
+  score(layer, layer.trials[0], counts);
+  std::swap(layer.trials[0], layer.trials[1]);
+  --layer.num_trials;
+}
+
+void Prefetcher::score(Layer& layer, const Trial& trial, std::span<const int32_t> counts) {
+  // All that it named is there: nothing to learn.
+  if (trial.count == 0) return;
+  ++layer.num_scored;
+  int32_t hits = 0;
+  int32_t popular_hits = 0;
+  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
+    if (counts[expert] == 0) continue;
+    hits += test(trial.named, expert) ? 1 : 0;
+    popular_hits += test(trial.popular, expert) ? 1 : 0;
+  }
+  layer.named = layer.named * kScoreDecay + static_cast<float>(trial.count);
+  layer.hits = layer.hits * kScoreDecay + static_cast<float>(hits);
+  layer.popular_hits = layer.popular_hits * kScoreDecay + static_cast<float>(popular_hits);
+  layer.trusted =
+      layer.num_scored >= kFirstScored && layer.hits > layer.popular_hits && layer.hits >= kPrecisionMin * layer.named;
+}
+
+void Prefetcher::list(std::span<const ExpertId> wanted) {
+  list_.clear();
+  list_next_ = 0;
+  ++list_number_;
+  for (const ExpertId id : wanted.first(std::min(wanted.size(), kListMax))) {
+    MOED_CHECK(index_.has(id)) << "prefetch: layer " << id.layer << ", expert " << id.expert;
+    list_.push_back(index_.of(id));
+    listed_[list_.back()] = list_number_;
+  }
+}
+
+int32_t Prefetcher::next(FunctionRef<bool(int32_t expert)> absent) {
+  for (; expecting_layer_ >= 0 && expecting_next_ < expecting_.size(); ++expecting_next_) {
+    if (absent(expecting_[expecting_next_])) return expecting_[expecting_next_];
+  }
+  for (; list_next_ < list_.size(); ++list_next_) {
+    if (absent(list_[list_next_])) return list_[list_next_];
+  }
+  return next_popular(absent);
+}
+
+int32_t Prefetcher::next_popular(FunctionRef<bool(int32_t expert)> absent) {
+  for (; popular_left_ > 0; --popular_left_) {
+    const int32_t first = popular_layer_ * index_.num_experts();
+    for (int32_t expert = cache_.missing(popular_layer_, 0); expert >= 0;
+         expert = cache_.missing(popular_layer_, expert + 1)) {
+      if (cache_.gains(popular_layer_, expert) && absent(first + expert)) return first + expert;
+    }
+    popular_layer_ = (popular_layer_ + 1) % index_.num_layers();
+  }
+  return -1;
+}
+
+}  // namespace moed
