@@ -1,7 +1,7 @@
 # The two commands a newcomer needs, and a few for those who stay. docs/HACKING.md says more.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo serve test lint format docker-check clean
+.PHONY: help deps build cuda demo serve test lint format docker-check gpu-bundle clean
 
 JOBS ?= $(shell nproc)
 BUILD := build/release
@@ -9,6 +9,8 @@ MOED := $(BUILD)/server/moed
 DEMO := models/demo
 MODEL ?= $(DEMO)
 ARGS ?=
+# 1: `make test` ends with what `make cuda` does.
+CUDA ?= 0
 
 help:
 	@echo 'moed: serves mixture-of-experts language models'
@@ -18,6 +20,8 @@ help:
 	@echo '  make test                  install, build and run every test; ends with "N passed, N failed"'
 	@echo
 	@echo '  make build                 build the daemon only'
+	@echo '  make cuda                  build it with the device cuda: build/release/cuda/moed (no GPU is needed to build)'
+	@echo '  make gpu-bundle            write build/moed-gpu.tar.gz: what tools/gpu_check.sh measures on a machine with a GPU'
 	@echo '  make lint                  formatting, layering, clang-tidy, thread-safety analysis'
 	@echo '  make format                let clang-format rewrite the C++ sources'
 	@echo '  make docker-check          build the container image and chat with the daemon in it (root)'
@@ -37,13 +41,25 @@ build: deps $(BUILD)/build.ninja
 demo: deps
 	@.venv/bin/python tools/make_demo.py --out $(DEMO)
 
-serve: build
+# nvcc's 420 MB are worth their download where there is a driver.
+cuda: deps
+	@JOBS=$(JOBS) tools/build_cuda.sh
+
+gpu-bundle:
+	@tools/gpu_bundle.sh
+
+# With a driver, on the GPU unless ARGS or the environment name a device.
+serve: deps
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then .venv/bin/python tools/make_demo.py --out $(DEMO); fi
+	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory cuda; \
+	  else echo 'serve: no NVIDIA driver here, so the CPU serves'; $(MAKE) --no-print-directory build; fi
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then export MOED_KV_GIB="$${MOED_KV_GIB:-1}"; fi; \
-	  exec $(MOED) serve --model '$(MODEL)' $(ARGS)
+	  moed='$(MOED)'; \
+	  if nvidia-smi -L >/dev/null 2>&1; then moed='$(BUILD)/cuda/moed'; export MOED_DEVICE="$${MOED_DEVICE:-cuda}"; fi; \
+	  exec "$$moed" serve --model '$(MODEL)' $(ARGS)
 
 test:
-	@JOBS=$(JOBS) tools/run_tests.sh
+	@JOBS=$(JOBS) CUDA=$(CUDA) tools/run_tests.sh
 
 # The generated headers must be there before clang reads a unit, and the simplest way to have them all is to build.
 lint:

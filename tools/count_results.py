@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Counts the results of lint, ctest and end to end. usage: count_results.py FOLDER ctest=CODE e2e=CODE
+"""Counts the results of lint, ctest and end to end. usage: count_results.py FOLDER ctest=CODE e2e=CODE [cuda=CODE]
 
-Reads FOLDER/lint.txt ('lint NAME: passed|failed'), ctest.xml and e2e.xml (JUnit). A part without a report, without a
+Reads FOLDER/lint.txt and cuda.txt ('lint NAME: passed|failed'), ctest.xml and e2e.xml (JUnit). A part without a report, without a
 single test, or whose exit code says failure while its report names none counts as one failure. The last line is
 'N passed, N failed'; exits 1 if anything failed."""
 
@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 
-def count_lint(path):
+def count_lines(path):
     lines = path.read_text().splitlines() if path.is_file() else []
     failed = [line.split(":")[0] for line in lines if not line.endswith(": passed")]
     return len(lines) - len(failed), failed, 0
@@ -32,9 +32,10 @@ def count_junit(path):
 
 
 def main(folder, codes):
-    parts = {"lint": count_lint(folder / "lint.txt")}
+    parts = {"lint": count_lines(folder / "lint.txt")}
     for part, code in codes.items():
-        passed, failed, skipped = count_junit(folder / f"{part}.xml")
+        text = folder / f"{part}.txt"
+        passed, failed, skipped = count_lines(text) if text.is_file() else count_junit(folder / f"{part}.xml")
         if code and not failed:
             failed = [f"{part} itself (exit code {code})"]
         parts[part] = passed, failed, skipped

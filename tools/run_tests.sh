@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What `make test` does: install, build everything once, lint, ctest, end to end. A part that fails does not stop the
-# next ones; the last line counts all of them and the exit code is 0 only when nothing failed.
+# What `make test` does: install, build everything once, lint, ctest, end to end; with CUDA=1 then what `make cuda` does.
+# A part that fails does not stop the next ones; the last line counts all of them and the exit code is 0 only when
+# nothing failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 jobs=${JOBS:-$(nproc)}
@@ -32,6 +33,12 @@ step "end to end"
 MOED_BINARY=$PWD/$build/server/moed MOED_DEMO=$PWD/models/demo .venv/bin/python -m pytest -p no:cacheprovider \
   -v --timeout=600 --durations=5 --junitxml="$reports/e2e.xml" tests/e2e
 e2e_code=$?
+parts=("ctest=$ctest_code" "e2e=$e2e_code")
+if [ "${CUDA:-0}" = 1 ]; then
+  step "cuda"
+  tools/build_cuda.sh "$reports/cuda.txt"
+  parts+=("cuda=$?")
+fi
 step "result"
 echo "took $((SECONDS - began)) s"
-.venv/bin/python tools/count_results.py "$reports" "ctest=$ctest_code" "e2e=$e2e_code"
+.venv/bin/python tools/count_results.py "$reports" "${parts[@]}"

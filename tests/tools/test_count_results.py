@@ -12,12 +12,13 @@ BAD = '<testsuite><testcase classname="a" name="x" status="fail"><failure/></tes
 EMPTY = "<testsuite></testsuite>"
 
 
-def run(folder, lint="lint a: passed\n", ctest=GOOD, e2e=GOOD, codes=(0, 0)):
-    for name, text in (("lint.txt", lint), ("ctest.xml", ctest), ("e2e.xml", e2e)):
+def run(folder, lint="lint a: passed\n", ctest=GOOD, e2e=GOOD, codes=(0, 0), cuda=None):
+    for name, text in (("lint.txt", lint), ("ctest.xml", ctest), ("e2e.xml", e2e), ("cuda.txt", cuda)):
         if text is not None:
             (folder / name).write_text(text)
-    done = subprocess.run([sys.executable, TOOL, folder, f"ctest={codes[0]}", f"e2e={codes[1]}"], text=True,
-                          stdout=subprocess.PIPE)
+    parts = ("ctest", "e2e", "cuda")[:len(codes)]
+    done = subprocess.run([sys.executable, TOOL, folder, *(f"{part}={code}" for part, code in zip(parts, codes))],
+                          text=True, stdout=subprocess.PIPE)
     return done.returncode, done.stdout.splitlines()[-1]
 
 
@@ -25,7 +26,15 @@ def test_all_good(tmp_path):
     assert run(tmp_path) == (0, "3 passed, 0 failed")
 
 
+def test_cuda_counts_where_it_was_asked_for(tmp_path):
+    assert run(tmp_path, codes=(0, 0, 0), cuda="cuda build: passed\n") == (0, "4 passed, 0 failed")
+
+
 @pytest.mark.parametrize("change, last", [
+    ({"cuda": "cuda build: failed\n", "codes": (0, 0, 1)}, "3 passed, 1 failed"),
+    ({"cuda": "cuda build: passed\n", "codes": (0, 0, 1)}, "4 passed, 1 failed"),
+    ({"codes": (0, 0, 1)}, "3 passed, 1 failed"),
+    ({"codes": (0, 0, 0)}, "3 passed, 1 failed"),
     ({"lint": "lint a: passed\nlint b: failed\n"}, "3 passed, 1 failed"),
     ({"lint": None}, "2 passed, 1 failed"),
     ({"ctest": BAD, "codes": (8, 0)}, "2 passed, 1 failed"),
