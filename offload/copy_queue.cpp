@@ -6,16 +6,16 @@
 
 namespace moed {
 
-StatusOr<std::unique_ptr<CopyQueue>> CopyQueue::make(Device& device, int64_t packet_bytes, bool pinned) {
+StatusOr<std::unique_ptr<CopyQueue>> CopyQueue::make(Device& device, int64_t packet_bytes, bool bounces) {
   std::unique_ptr<CopyQueue> queue(new CopyQueue(device));
   queue->packet_bytes_ = packet_bytes;
-  if (!pinned) {
+  if (bounces) {
     MOED_ASSIGN_OR_RETURN(queue->bounce_, device.allocate(kPackets * packet_bytes, Memory::kPinned));
   }
   queue->stream_ = device.make_stream();
   for (int32_t i = 0; i < kPackets; ++i) {
     queue->packets_[i].arrived = device.make_event();
-    if (!pinned) queue->packets_[i].bounce = queue->bounce_.data() + i * packet_bytes;
+    if (bounces) queue->packets_[i].bounce = queue->bounce_.data() + i * packet_bytes;
   }
   return queue;
 }
@@ -24,19 +24,20 @@ CopyQueue::~CopyQueue() {
   while (num_in_flight_ > 0) join();
 }
 
-void CopyQueue::submit(int32_t slot, std::byte* target, const std::byte* source, int64_t bytes) {
-  MOED_CHECK(has_room() && bytes > 0 && bytes <= packet_bytes_)
-      << num_in_flight_ << " in flight, packet of " << bytes << " bytes";
+void CopyQueue::submit(const Part& part) {
+  MOED_CHECK(has_room() && part.bytes > 0 && part.bytes <= packet_bytes_ && (part.pinned || bounce_.size() > 0))
+      << num_in_flight_ << " in flight, packet of " << part.bytes << " bytes";
   Packet& packet = packets_[next_];
   next_ = (next_ + 1) % kPackets;
   ++num_in_flight_;
-  packet.slot = slot;
-  if (packet.bounce != nullptr) {
-    device_.host_access(packet.bounce, bytes, Access::kWrite);
-    std::memcpy(packet.bounce, source, static_cast<size_t>(bytes));
+  packet.slot = part.slot;
+  const std::byte* source = part.source;
+  if (!part.pinned) {
+    device_.host_access(packet.bounce, part.bytes, Access::kWrite);
+    std::memcpy(packet.bounce, source, static_cast<size_t>(part.bytes));
     source = packet.bounce;
   }
-  stream_->copy(target, source, bytes);
+  stream_->copy(part.target, source, part.bytes);
   stream_->record(*packet.arrived);
 }
 

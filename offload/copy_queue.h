@@ -16,16 +16,23 @@ class CopyQueue {
  public:
   static constexpr int32_t kPackets = 2;
 
-  // pinned: all sources are fit for copies at full speed. If not, packets pass through pinned memory of the queue's
-  // own, to which the calling thread copies them. The device outlives it. Errors: kResourceExhausted with the bytes
-  // asked for.
-  static StatusOr<std::unique_ptr<CopyQueue>> make(Device& device, int64_t packet_bytes, bool pinned);
+  // bounces: not all sources are pinned; those that are not pass through pinned memory of the queue's own, to which the
+  // calling thread copies them. The device outlives it. Errors: kResourceExhausted with the bytes asked for.
+  static StatusOr<std::unique_ptr<CopyQueue>> make(Device& device, int64_t packet_bytes, bool bounces);
   ~CopyQueue();
 
   bool has_room() const { return num_in_flight_ < kPackets; }
   int32_t num_in_flight() const { return num_in_flight_; }
-  // Enqueues a packet that belongs to the slot. REQUIRES: has_room(), at most packet_bytes.
-  void submit(int32_t slot, std::byte* target, const std::byte* source, int64_t bytes);
+  // A part of an expert that goes to a slot.
+  struct Part {
+    int32_t slot = -1;
+    std::byte* target = nullptr;
+    const std::byte* source = nullptr;
+    int64_t bytes = 0;
+    bool pinned = true;
+  };
+  // Enqueues it as a packet. REQUIRES: has_room(), at most packet_bytes; pinned unless it bounces.
+  void submit(const Part& part);
   // Later work of `reader` comes after the slot's packets that are in flight.
   void order(int32_t slot, Stream& reader) const;
   // Packets of the slot in flight.

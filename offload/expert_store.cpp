@@ -1,5 +1,7 @@
 #include "offload/expert_store.h"
 
+#include <algorithm>
+#include <future>
 #include <utility>
 
 #include "model/load_tensors.h"
@@ -27,7 +29,7 @@ void add_loads(const Model& model, ExpertId id, std::byte* blob, std::vector<Ten
 }  // namespace
 
 StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& source,
-                                        const std::function<void(int64_t)>& progress) {
+                                        const std::function<void(int64_t)>& progress, HostPins* pins) {
   const ModelConfig& config = model.config;
   ExpertStore store;
   store.shape_ = {.hidden = config.hidden_size, .intermediate = config.moe.intermediate_size};
@@ -45,8 +47,40 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
     if (config.layers[id.layer] != LayerKind::kMoe) continue;
     for (id.expert = 0; id.expert < store.num_experts_; ++id.expert, blob += stride) add_loads(model, id, blob, &loads);
   }
-  MOED_RETURN_IF_ERROR(load_tensors(source, loads, progress));
+  MOED_RETURN_IF_ERROR(store.read(source, loads, progress, pins));
   return store;
+}
+
+int64_t ExpertStore::piece_bytes(const HostPins& pins) const {
+  const int64_t stride = stride_bytes(shape_);
+  return std::max<int64_t>(1, pins.chunk_bytes() / stride) * stride;
+}
+
+// Piece by piece: while one is read, the one before is pinned.
+Status ExpertStore::read(const TensorSource& source, std::span<const TensorLoad> loads,
+                         const std::function<void(int64_t)>& progress, HostPins* pins) {
+  if (pins == nullptr || bytes() == 0) return load_tensors(source, {loads.begin(), loads.end()}, progress);
+  const int64_t piece = piece_bytes(*pins);
+  const auto piece_loads = static_cast<size_t>(piece / stride_bytes(shape_) * 3);
+  std::future<void> pinned;
+  for (int64_t begin = 0; begin < bytes(); begin += piece) {
+    const auto some = loads.first(std::min(piece_loads, loads.size()));
+    loads = loads.subspan(some.size());
+    MOED_RETURN_IF_ERROR(load_tensors(source, {some.begin(), some.end()}, progress));
+    if (pinned.valid()) pinned.get();
+    pinned = std::async(std::launch::async, [this, pins, begin, size = std::min(piece, bytes() - begin)] {
+      pins->pin(arena_.data() + begin, size);
+    });
+  }
+  pinned.get();
+  return {};
+}
+
+void ExpertStore::pin(HostPins& pins) const {
+  const int64_t piece = piece_bytes(pins);
+  for (int64_t begin = 0; begin < bytes(); begin += piece) {
+    pins.pin(arena_.data() + begin, std::min(piece, bytes() - begin));
+  }
 }
 
 BlobView ExpertStore::blob(ExpertId id) const {

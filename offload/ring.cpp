@@ -93,7 +93,7 @@ class Ring final : public ExpertRing {
   Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, const RingConfig& config,
        std::vector<uint8_t> resident);
   ~Ring() override;
-  Status start(const RingConfig& config, bool pinned);
+  Status start(const RingConfig& config);
 
   std::optional<Lease> acquire(ExpertId id) override;
   void acquire_present(int32_t layer, std::vector<Lease>& leases) override;
@@ -107,6 +107,7 @@ class Ring final : public ExpertRing {
   void pump() override;
   void wait() override;
   RingStats stats() const override { return stats_; }
+  std::string description() const override;
 
  private:
   std::byte* data(int32_t slot) const { return memory_.data() + slot * stride_; }
@@ -134,6 +135,8 @@ class Ring final : public ExpertRing {
   const BlobShape shape_;
   const int64_t stride_;
   const int64_t packet_bytes_;
+  HostPins own_pins_;
+  const HostPins* pins_;
   int32_t ahead_max_ = 0;  // prefetched experts that nobody asked for yet
   Buffer memory_;
   std::vector<Slot> slots_;
@@ -175,7 +178,7 @@ StatusOr<std::unique_ptr<ExpertRing>> ExpertRing::make(const ExpertStore& store,
   std::vector<uint8_t> resident(index.size());
   for (const ExpertId id : config.resident) resident[index.of(id)] = 1;
   auto ring = std::make_unique<Ring>(store, index, device, config, std::move(resident));
-  MOED_RETURN_IF_ERROR(ring->start(config, true));
+  MOED_RETURN_IF_ERROR(ring->start(config));
   return std::unique_ptr<ExpertRing>(std::move(ring));
 }
 
@@ -187,6 +190,8 @@ Ring::Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, c
       shape_(store.shape()),
       stride_(stride_bytes(shape_)),
       packet_bytes_(config.packet_bytes),
+      own_pins_(device),
+      pins_(config.pins),
       slots_(config.num_slots),
       slot_of_(index.size(), -1),
       idle_(slots_, 0),
@@ -203,7 +208,12 @@ Ring::Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, c
 
 Ring::~Ring() = default;
 
-Status Ring::start(const RingConfig& config, bool pinned) {
+Status Ring::start(const RingConfig& config) {
+  if (pins_ == nullptr) {
+    store_.pin(own_pins_);
+    pins_ = &own_pins_;
+  }
+
   StatusOr<Buffer> memory = device_.allocate(stride_ * config.num_slots, Memory::kDevice);
   if (!memory.ok()) {
     return Status(memory.status().code(), "the expert ring has " + std::to_string(config.num_slots) + " slots of " +
@@ -212,7 +222,7 @@ Status Ring::start(const RingConfig& config, bool pinned) {
                                               " in all: " + memory.status().message());
   }
   memory_ = std::move(memory).value();
-  MOED_ASSIGN_OR_RETURN(copies_, CopyQueue::make(device_, packet_bytes_, pinned));
+  MOED_ASSIGN_OR_RETURN(copies_, CopyQueue::make(device_, packet_bytes_, pins_->bytes() < store_.bytes()));
   int32_t slot = 0;
   for (const ExpertId id : config.resident) {
     slots_[slot].resident = true;
@@ -226,6 +236,17 @@ Status Ring::start(const RingConfig& config, bool pinned) {
   while (copies_->num_in_flight() > 0) arrived(copies_->join());
   for (; slot < config.num_slots; ++slot) settle(slot);
   return {};
+}
+
+std::string Ring::description() const {
+  const auto num_slots = static_cast<int64_t>(slots_.size());
+  std::string text = std::to_string(num_slots) + " slots of " + std::to_string(stride_) + " bytes";
+  text += ", copies of at most " + std::to_string(packet_bytes_) + " bytes";
+  if (!pins_->refusal().ok()) {
+    text += " through pinned buffers for " + std::to_string(store_.bytes() - pins_->bytes()) + " of " +
+            std::to_string(store_.bytes()) + " bytes of experts: " + pins_->refusal().message();
+  }
+  return text;
 }
 
 Lease Ring::lease(int32_t slot) {
@@ -478,8 +499,12 @@ int32_t Ring::begin_prefetch() {
 void Ring::submit(int32_t index) {
   Slot& slot = slots_[index];
   const int64_t bytes = std::min(packet_bytes_, shape_.bytes() - slot.bytes_submitted);
-  const std::byte* source = store_.blob(index_.id(slot.expert)).data + slot.bytes_submitted;
-  copies_->submit(index, data(index) + slot.bytes_submitted, source, bytes);
+  const std::byte* blob = store_.blob(index_.id(slot.expert)).data;
+  copies_->submit({.slot = index,
+                   .target = data(index) + slot.bytes_submitted,
+                   .source = blob + slot.bytes_submitted,
+                   .bytes = bytes,
+                   .pinned = pins_->covers(blob, shape_.bytes())});
   slot.bytes_submitted += bytes;
   stats_.bytes_copied += bytes;
   slot.fill = Fill::kCopying;

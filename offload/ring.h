@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/status.h"
@@ -11,6 +12,7 @@
 #include "kernels/device.h"
 #include "model/config.h"
 #include "offload/expert_store.h"
+#include "offload/host_pins.h"
 
 namespace moed {
 
@@ -20,6 +22,8 @@ struct RingConfig {
   std::vector<ExpertId> resident;  // copied at start, never evicted; a slot each
   bool cache = true;               // false: what is neither resident nor leased is soon overwritten: plain streaming
   int64_t packet_bytes = 4 << 20;  // of one copy; to be at most 0.3 ms of the link
+  // Those of the store's memory that were made while it was loaded; they outlive the ring. null: the ring pins it.
+  const HostPins* pins = nullptr;
 };
 
 // Monotonic since start.
@@ -80,6 +84,8 @@ class ExpertRing {
   virtual void wait() = 0;
 
   virtual RingStats stats() const = 0;
+  // "96 slots of 9437184 bytes, copies of at most 4194304 bytes", and why copies take a detour where they do.
+  virtual std::string description() const = 0;
 };
 
 class Lease {
