@@ -367,7 +367,8 @@ int bench_engine(const std::vector<std::string>& args, const char* const* enviro
   }
   const StatusOr<LoadedSettings> loaded = load_settings(flags, environment);
   if (!loaded.ok()) return fail(loaded.status());
-  init_log(loaded->settings.server.log_level, loaded->settings.server.log_json);
+  // A process has one log; tests run this more than once.
+  if (spdlog::get("moed") == nullptr) init_log(loaded->settings.server.log_level, loaded->settings.server.log_json);
   const Status status = run(*options, *loaded);
   return status.ok() ? 0 : fail(status);
 }

@@ -145,6 +145,11 @@ class BenchLoop {
       steady_begun_ = true;
       result_.steady_begin = counts();
     }
+    if (steady_begun_ && !steady_ended_ &&
+        std::any_of(clients_.begin(), clients_.end(), [](const Client& c) { return c.idle; })) {
+      steady_ended_ = true;
+      result_.steady_end = counts();
+    }
     if (workload_.long_prompt_tokens > 0 && !long_sent_ &&
         std::all_of(clients_.begin(), clients_.end(),
                     [&](const Client& c) { return c.tokens >= workload_.long_after_tokens; })) {
@@ -177,10 +182,7 @@ class BenchLoop {
     if (event.finish == FinishReason::kNone) return {};
     if (client.tokens > 1) token_us_.push_back((client.last_us - client.first_us) / (client.tokens - 1));
     if (num_sent_ < num_requests_) return send(static_cast<size_t>(event.request));
-    if (steady_begun_ && !steady_ended_) {
-      steady_ended_ = true;
-      result_.steady_end = counts();
-    }
+    clients_[static_cast<size_t>(event.request)].idle = true;
     return {};
   }
 
@@ -222,7 +224,9 @@ StatusOr<BenchResult> run_bench(const BenchInputs& inputs, const BenchWorkload& 
   MOED_RETURN_IF_ERROR(check(workload.prompt_tokens, 1, kTokensMax, "prompt"));
   MOED_RETURN_IF_ERROR(check(workload.new_tokens, 1, kTokensMax, "new"));
   MOED_RETURN_IF_ERROR(check(workload.long_prompt_tokens, 0, kTokensMax, "long-prompt"));
-  MOED_RETURN_IF_ERROR(check(workload.long_after_tokens, 1, workload.new_tokens, "long-after"));
+  if (workload.long_prompt_tokens > 0) {
+    MOED_RETURN_IF_ERROR(check(workload.long_after_tokens, 1, workload.new_tokens, "long-after"));
+  }
   MOED_RETURN_IF_ERROR(validate(inputs.scheduler));
   return BenchLoop(inputs, workload).run();
 }

@@ -1,0 +1,178 @@
+#include "server/bench_engine.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+namespace moed {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr const char* kNothing[] = {nullptr};
+constexpr const char* kA40 = "simulated:" MOED_SOURCE_DIR "/deploy/machines/a40.toml";
+
+Json parsed(const std::string& path) {
+  std::ifstream file(path);
+  return Json::parse(file, nullptr, /*allow_exceptions=*/false);
+}
+
+// The figures of a run; null when it failed.
+Json bench(std::vector<std::string> args, const std::string& device = kA40) {
+  const std::string path = testing::TempDir() + "bench_engine_test.json";
+  args.insert(args.end(), {"--device", device, "--json", path, "--log-level", "error"});
+  testing::internal::CaptureStdout();
+  const int code = bench_engine(args, kNothing);
+  const std::string text = testing::internal::GetCapturedStdout();
+  if (code != 0) return nullptr;
+  const Json json = parsed(path);
+  // No figure of a simulated device goes without the word.
+  if (json["simulated"].get<bool>()) {
+    EXPECT_EQ(text.find("simulated: "), 0U) << text;
+    EXPECT_NE(text.find("simulated run: "), std::string::npos) << text;
+    EXPECT_NE(text.find("simulated steady: "), std::string::npos) << text;
+    EXPECT_NE(text.find("simulated first token: "), std::string::npos) << text;
+  }
+  return json;
+}
+
+std::vector<std::string> olmoe(std::vector<std::string> more) {
+  std::vector<std::string> args{"--shape",    "olmoe-1b-7b", "--layers", "3",  "--clients", "4",
+                                "--requests", "12",          "--prompt", "40", "--new",     "10"};
+  args.insert(args.end(), more.begin(), more.end());
+  return args;
+}
+
+TEST(BenchEngine, EveryPolicyServesEveryRequest) {
+  for (const char* policy : {"host", "device", "stream", "hot"}) {
+    for (const char* halves : {"1", "2"}) {
+      for (const char* kv : {"host", "device", "split"}) {
+        const Json json = bench(olmoe({"--policy", policy, "--halves", halves, "--kv", kv}));
+        ASSERT_TRUE(json.is_object()) << policy << " " << halves << " " << kv;
+        EXPECT_EQ(json["run"]["prompt_tokens"], 12 * 40);
+        EXPECT_EQ(json["run"]["new_tokens"], 12 * 10);
+        EXPECT_EQ(json["policy"], policy);
+        EXPECT_EQ(json["kv"], kv);
+        // Each row of a layer asks for 8 experts; a request's last token is no row.
+        const int64_t expert_rows =
+            json["run"]["experts"]["device_rows"].get<int64_t>() + json["run"]["experts"]["host_rows"].get<int64_t>();
+        EXPECT_EQ(expert_rows, int64_t{12} * (40 + 9) * 3 * 8) << policy << " " << halves << " " << kv;
+        EXPECT_EQ(json["run"]["rows"], 12 * (40 + 9));
+        for (const auto& [name, share] : json["run"]["busy"].items()) {
+          EXPECT_GE(share.get<double>(), 0.0) << name;
+          EXPECT_LE(share.get<double>(), 1.0 + 1e-9) << name;
+        }
+      }
+    }
+  }
+}
+
+TEST(BenchEngine, TheSameSeedGivesTheSameFigures) {
+  const std::vector<std::string> args =
+      olmoe({"--policy", "hot", "--device-memory-gib", "1.2", "--router", "zipf:1.0"});
+  std::vector<std::string> seeded = args;
+  seeded.insert(seeded.end(), {"--seed", "1"});
+  const Json first = bench(args);
+  ASSERT_TRUE(first.is_object());
+  EXPECT_EQ(first, bench(args));
+  EXPECT_NE(first["run"]["seconds"], bench(seeded)["run"]["seconds"]);
+}
+
+// All experts of all layers come in each pass: bytes over the link, and at 19.5 GB/s the time, are known.
+TEST(BenchEngine, StreamingTakesTheTimeOfItsBytes) {
+  const Json json = bench({"--shape", "mixtral-8x7b", "--layers", "4", "--clients", "8", "--prompt", "8", "--new", "20",
+                           "--policy", "stream", "--ring-slots", "2", "--bulk-rows-min", "512"});
+  ASSERT_TRUE(json.is_object());
+  const Json& steady = json["steady"];
+  const int64_t passes = steady["interactive_passes"].get<int64_t>();
+  ASSERT_EQ(passes, 19);
+  const double expert_bytes = 3.0 * 4096 * 14336 * 2;
+  const double least_s = static_cast<double>(passes) * 4 * 8 * expert_bytes / 19.5e9;
+  EXPECT_NEAR(steady["bytes"]["experts_copied"].get<double>() / (static_cast<double>(passes) * 4 * 8 * expert_bytes),
+              1.0, 0.02);
+  EXPECT_GT(steady["seconds"].get<double>(), 0.96 * least_s);  // jitter and drift work both ways
+  EXPECT_LT(steady["seconds"].get<double>(), 1.10 * least_s);
+  EXPECT_GT(steady["busy"]["copies_up"].get<double>(), 0.9);
+}
+
+TEST(BenchEngine, ALongPromptIsMeasuredBesideTheOthers) {
+  const Json json = bench({"--shape", "olmoe-1b-7b", "--layers", "2", "--clients", "4", "--prompt", "16", "--new", "60",
+                           "--long-prompt", "2000", "--policy", "device"});
+  ASSERT_TRUE(json.is_object());
+  EXPECT_GT(json["long_prompt_ms"].get<double>(), 0.0);
+  EXPECT_GT(json["token_beside_long"]["mean_ms"].get<double>(), json["token"]["median_ms"].get<double>() * 0.5);
+  EXPECT_EQ(json["run"]["new_tokens"], 4 * 60);
+  EXPECT_GT(json["run"]["bulk_passes"].get<int64_t>(), 0);
+}
+
+TEST(BenchEngine, TracesLanes) {
+  const std::string path = testing::TempDir() + "bench_engine_test.trace";
+  const Json json = bench({"--shape", "mixtral-8x7b", "--layers", "2", "--clients", "4", "--prompt", "8", "--new", "12",
+                           "--policy", "stream", "--ring-slots", "4", "--trace", path, "--trace-passes", "3"});
+  ASSERT_TRUE(json.is_object());
+  const Json trace = parsed(path);
+  ASSERT_TRUE(trace.is_object());
+  std::map<std::string, int> spans;
+  std::map<int, double> ends;
+  for (const Json& event : trace["traceEvents"]) {
+    if (event["ph"] != "X") continue;
+    ++spans[event["name"].get<std::string>()];
+    EXPECT_GE(event["dur"].get<double>(), 0.0);
+    if (event["tid"] == 0) continue;
+    // In a stream one thing follows the other.
+    double& end = ends[event["tid"].get<int>()];
+    EXPECT_GE(event["ts"].get<double>(), end - 0.01) << event.dump();
+    end = event["ts"].get<double>() + event["dur"].get<double>();
+  }
+  EXPECT_EQ(spans["route"], 3 * 2);  // three passes of two layers
+  EXPECT_GT(spans["copy"], 3 * 2 * 8);
+  EXPECT_GT(spans["wait"], 0);
+  EXPECT_EQ(ends.size(), 2U);
+}
+
+TEST(BenchEngine, RunsOnRealDevicesToo) {
+  const Json json = bench({"--model", MOED_SOURCE_DIR "/tests/golden/mixtral", "--clients", "2", "--prompt", "6",
+                           "--new", "4", "--threads", "1"},
+                          "cpu");
+  ASSERT_TRUE(json.is_object());
+  EXPECT_EQ(json["simulated"], false);
+  EXPECT_EQ(json["run"]["new_tokens"], 8);
+}
+
+TEST(BenchEngine, RefusesByName) {
+  const auto refused = [](const std::vector<std::string>& args, const std::string& said) {
+    testing::internal::CaptureStderr();
+    EXPECT_EQ(bench_engine(args, kNothing), 1);
+    const std::string text = testing::internal::GetCapturedStderr();
+    EXPECT_NE(text.find(said), std::string::npos) << text;
+    EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1) << text;
+  };
+  const std::vector<std::string> good{"--shape", "olmoe-1b-7b", "--device", kA40, "--log-level", "error"};
+  const auto with = [&](std::vector<std::string> more) {
+    std::vector<std::string> args = good;
+    args.insert(args.end(), more.begin(), more.end());
+    return args;
+  };
+  refused({"--shape", "gpt-9"}, "mixtral-8x7b");
+  refused(with({"--clients", "0"}), "--clients is 0");
+  refused(with({"--clients", "many"}), "--clients is many");
+  refused(with({"--prompt", "-3"}), "--prompt is -3");
+  refused(with({"--new", "0"}), "--new is 0");
+  refused(with({"--layers", "17"}), "the model has 16");
+  refused(with({"--router", "dice"}), "router \"dice\"");
+  refused(with({"--prompt", "5000"}), "4096");
+  refused(with({"--policy", "magic"}), "magic");
+  refused(with({"--json"}), "--json needs a value");
+  refused(with({"--json", "/nowhere/x.json", "--layers", "1", "--prompt", "4", "--new", "1", "--clients", "1"}),
+          "/nowhere/x.json");
+  refused({"--shape", "olmoe-1b-7b", "--device", "simulated:none.toml"}, "none.toml");
+  refused({}, "model");
+}
+
+}  // namespace
+}  // namespace moed
