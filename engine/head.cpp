@@ -38,15 +38,17 @@ StatusOr<Head> Head::make(const ModelConfig& model, const DenseViews& weights, i
   return head;
 }
 
-std::vector<SequenceOutput> Head::run(RunningPass& pass) {
+std::vector<SequenceOutput> Head::run(RunningPass& pass, HostLane& lane) {
   std::vector<SequenceOutput> outputs;
   plan(pass, outputs);
   const std::span<const Task> tasks(tasks_);
   for (size_t begin = 0; begin < tasks.size(); begin += static_cast<size_t>(rows_max_)) {
     const auto block = tasks.subspan(begin, std::min(tasks.size() - begin, static_cast<size_t>(rows_max_)));
-    compute(pass, block);
+    compute(pass, block, lane);
     pass.clock().mark(Lane::kDense);
+    lane.pump();
     choose(block, outputs);
+    lane.pump();
     pass.clock().mark(Lane::kSample);
   }
   return outputs;
@@ -75,7 +77,7 @@ void Head::plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs) {
   }
 }
 
-void Head::compute(const RunningPass& pass, std::span<const Task> tasks) {
+void Head::compute(RunningPass& pass, std::span<const Task> tasks, HostLane& lane) {
   auto* rows = rows_memory_.as<int32_t>();
   device_->host_access(rows, static_cast<int64_t>(tasks.size() * sizeof(*rows)), Access::kWrite);
   for (size_t i = 0; i < tasks.size(); ++i) rows[i] = tasks[i].row;
@@ -89,7 +91,7 @@ void Head::compute(const RunningPass& pass, std::span<const Task> tasks) {
     stream_->copy(logits(), block.data, int64_t{num_rows} * model_->vocab_size * int64_t{sizeof(float)});
   }
   stream_->record(*done_);
-  check_device(done_->join());
+  lane.wait(*done_, pass);
 }
 
 void Head::choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs) {

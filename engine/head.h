@@ -24,7 +24,7 @@ class Head {
   static EngineBytes bytes(const ModelConfig& model, int32_t rows_max, bool device_is_host);
 
   // Outputs in the order of begin(). REQUIRES: all layers have run.
-  std::vector<SequenceOutput> run(RunningPass& pass);
+  std::vector<SequenceOutput> run(RunningPass& pass, HostLane& lane);
 
  private:
   // A row whose logits are needed: for the token that follows (score_of < 0) or to score that token.
@@ -42,7 +42,7 @@ class Head {
   Head() = default;
   float* logits() const { return (host_logits_.data() == nullptr ? logits_memory_ : host_logits_).as<float>(); }
   void plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs);
-  void compute(const RunningPass& pass, std::span<const Task> tasks);
+  void compute(RunningPass& pass, std::span<const Task> tasks, HostLane& lane);
   void choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs);
 
   const ModelConfig* model_ = nullptr;

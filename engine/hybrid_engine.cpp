@@ -80,7 +80,7 @@ class HybridEngine : public Engine {
     MOED_CHECK(state.empty() || state.layer == model_.num_layers) << "a pass ends in layer " << state.layer;
     state.clock().mark(Lane::kIdle);
     StepOutput output;
-    output.sequences = head_->run(state);
+    output.sequences = head_->run(state, *lane_);
     output.times = state.clock().times();
     return output;
   }

@@ -25,6 +25,8 @@ MoeExecutor::MoeExecutor(const MoeInputs& inputs, ExpertTables tables, Device& d
       experts_(inputs.experts),
       ring_(inputs.ring),
       ring_slots_(inputs.ring_slots),
+      all_fit_(ring_slots_ >= std::count(model_.layers.begin(), model_.layers.end(), LayerKind::kMoe) *
+                                  int64_t{model_.moe.num_experts}),
       tables_(std::move(tables)),
       device_(device),
       ops_(device.ops()),
@@ -46,30 +48,33 @@ bool MoeExecutor::streams(const StepPlan& plan) const {
   return ring_ != nullptr && std::isfinite(plan.costs.copy_us) && std::isfinite(plan.costs.device_row_us);
 }
 
-// What the plan names of the layers to come, then the layers that come whole; at last what it names of the layers that
-// are behind, for the pass that follows.
+// The layers to come, then those that are behind, for the pass that follows: what the plan names, then all of the
+// layers that come whole.
 void MoeExecutor::prefetch(const RunningPass& pass) {
   if (ring_ == nullptr) return;
-  const StepPlan& plan = pass.plan();
   wanted_.clear();
-  const auto want = [&](ExpertId id) {
-    if (wanted_.size() < wanted_.capacity()) wanted_.push_back(id);
-  };
-  for (const ExpertId id : plan.prefetch) {
-    if (id.layer >= pass.layer) want(id);
-  }
-  for (int32_t layer = pass.layer; layer < model_.num_layers && streams(plan); ++layer) {
-    if (plan.layers[layer] != LayerMode::kWhole || model_.layers[layer] != LayerKind::kMoe) continue;
-    for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) want({layer, expert});
-    if (wanted_.size() == wanted_.capacity()) break;
-  }
-  for (const ExpertId id : plan.prefetch) {
-    if (id.layer < pass.layer) want(id);
-  }
+  want_layers(pass.plan(), pass.layer, model_.num_layers);
+  want_layers(pass.plan(), 0, pass.layer);
   if (wanted_.empty() && !prefetching_) return;
   prefetching_ = !wanted_.empty();
   ring_->prefetch(wanted_);
   ring_->pump();
+}
+
+void MoeExecutor::want_layers(const StepPlan& plan, int32_t begin, int32_t end) {
+  const auto full = [&] { return wanted_.size() == wanted_.capacity(); };
+  for (const ExpertId id : plan.prefetch) {
+    if (full()) return;
+    if (id.layer >= begin && id.layer < end) wanted_.push_back(id);
+  }
+  if (!streams(plan)) return;
+  for (int32_t layer = begin; layer < end; ++layer) {
+    if (plan.layers[layer] != LayerMode::kWhole || model_.layers[layer] != LayerKind::kMoe) continue;
+    for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) {
+      if (full()) return;
+      wanted_.push_back({layer, expert});
+    }
+  }
 }
 
 void MoeExecutor::run(int32_t layer, RunningPass& pass, const Half& half) {
@@ -143,8 +148,9 @@ void MoeExecutor::group(const Work& work, bool mirror) {
 bool MoeExecutor::wants_prediction(const Work& work) const {
   const StepPlan& plan = work.pass.plan();
   const int32_t next = work.layer + 1;
-  return streams(plan) && next < model_.num_layers && model_.layers[next] == LayerKind::kMoe &&
-         plan.layers[next] == LayerMode::kRouted && ring_->wants_prediction(next);
+  return streams(plan) && !all_fit_ && work.half.num_paths() == 1 && next < model_.num_layers &&
+         model_.layers[next] == LayerKind::kMoe && plan.layers[next] == LayerMode::kRouted &&
+         ring_->wants_prediction(next);
 }
 
 void MoeExecutor::predict(const Work& work) {

@@ -57,11 +57,13 @@ class MoeExecutor {
     const int32_t choices;
   };
 
+  void want_layers(const StepPlan& plan, int32_t begin, int32_t end);
   void run_dense(const Work& work);
   // experts and weights: what the layer's router says of the work's rows.
   void route(const Work& work, int32_t layer, Matrix<int32_t> experts, Matrix<float> weights);
   void group(const Work& work, bool mirror);
-  // Whether the ring wants to know what the next layer's router says of this layer's rows; asks it.
+  // Whether to ask the next layer's router about this layer's rows: not for experts that are there anyway, nor in
+  // halves that have op calls enough. predict() asks it.
   bool wants_prediction(const Work& work) const;
   void predict(const Work& work);
   void count_rows(const Work& work, const int32_t* offsets);
@@ -90,6 +92,7 @@ class MoeExecutor {
   const ExpertStore& experts_;
   ExpertRing* ring_;
   const int32_t ring_slots_;
+  const bool all_fit_;  // each expert has a slot: none need be foreseen
   ExpertTables tables_;
   Device& device_;
   Ops& ops_;

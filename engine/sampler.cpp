@@ -28,7 +28,7 @@ bool in_vocab(int32_t token, std::span<const float> logits) {
 bool changes_logits(const SampleContext& context) {
   const SamplingParams& params = context.params;
   return !context.allowed.empty() || !params.allowed_token_ids.empty() || !params.logit_bias.empty() ||
-         params.min_tokens > 0 || params.needs_history();
+         !params.bad_words.empty() || params.min_tokens > 0 || params.needs_history();
 }
 
 void keep_only(std::span<float> logits, std::span<const int32_t> tokens) {
@@ -47,6 +47,18 @@ void apply_mask(std::span<float> logits, std::span<const uint32_t> allowed) {
     if ((allowed[token / 32] >> (token % 32) & 1U) == 0U) logits[token] = -kInfinity;
   }
   std::fill(logits.begin() + static_cast<int64_t>(covered), logits.end(), -kInfinity);
+}
+
+// A word is looked for in generated tokens alone, as in vLLM.
+void forbid_bad_words(std::span<float> logits, const SampleContext& context) {
+  const auto generated = context.tokens.subspan(std::min<size_t>(context.num_prompt, context.tokens.size()));
+  for (const std::vector<int32_t>& word : context.params.bad_words) {
+    const size_t num_before = word.size() - 1;
+    if (num_before > generated.size() || !in_vocab(word.back(), logits)) continue;
+    if (std::equal(word.begin(), word.end() - 1, generated.end() - static_cast<int64_t>(num_before))) {
+      logits[word.back()] = -kInfinity;
+    }
+  }
 }
 
 // Repetition looks at prompt and generated tokens alike; frequency and presence at generated ones.
@@ -83,6 +95,7 @@ void apply_changes(std::span<float> logits, const SampleContext& context, bool b
   const SamplingParams& params = context.params;
   if (!context.allowed.empty()) apply_mask(logits, context.allowed);
   if (!params.allowed_token_ids.empty()) keep_only(logits, params.allowed_token_ids);
+  if (!params.bad_words.empty()) forbid_bad_words(logits, context);
   for (const auto& [token, bias] : params.logit_bias) {
     if (in_vocab(token, logits)) logits[token] += bias;
   }

@@ -36,6 +36,10 @@ class EngineTest : public ::testing::TestWithParam<const char*> {
     sequence.sampling = &sampling_;
     return sequence;
   }
+  static StepSequence on_device(StepSequence sequence) {
+    sequence.pool = Pool::kDevice;
+    return sequence;
+  }
   StepOutput run(Pass pass) {
     while (box_.engine().advance(pass)) {
     }
@@ -116,6 +120,44 @@ TEST_P(EngineTest, ACopiedBlockServesAsItsOriginal) {
   EXPECT_EQ(got.token, wanted.token);
   EXPECT_EQ(got.logprob, wanted.logprob);
   EXPECT_DEATH(box_.engine().copy_block(Pool::kHost, 0, 16), "16");
+}
+
+TEST_P(EngineTest, PoolsOfTheDeviceAreApart) {
+  const std::string device = GetParam();
+  EngineConfig config = small_config();
+  config.device_kv_blocks = 12;
+  if (device == "cpu") {
+    EXPECT_DEATH(EngineBox(model_, *dummy_weights(model_, 1), opened(device, {}), config), "device_kv_blocks is 12");
+    const StepSequence one = on_device(sequence(1, blocks_ab_));
+    EXPECT_DEATH(box_.engine().begin({&one, 1}, box_.plan(1)), "in a pool this engine has not");
+    EXPECT_DEATH(box_.engine().copy_block(Pool::kDevice, 0, 1), "no KV pool on the device");
+    return;
+  }
+  EngineBox box(model_, *dummy_weights(model_, 1), opened(device, {.num_threads = 1, .deterministic = true}), config);
+  const auto run_in = [&](Pass pass) {
+    while (box.engine().advance(pass)) {
+    }
+    return *box.engine().finish(std::move(pass)).sequences[0].sampled;
+  };
+  const StepSequence whole = on_device(sequence(1, blocks_ab_));
+  const ScoredToken wanted = run_in(box.engine().begin({&whole, 1}, box.plan(1)));
+  // The same blocks of the other pool hold something else.
+  for (int32_t i = 0; i < 20; ++i) tokens_[i] = (tokens_[i] + 5) % model_.config.vocab_size;
+  const StepSequence other = sequence(2, blocks_ab_);
+  EXPECT_NE(run_in(box.engine().begin({&other, 1}, box.plan(1))).logprob, wanted.logprob);
+  for (int32_t i = 0; i < 20; ++i) tokens_[i] = i * 7 % model_.config.vocab_size;
+  box.engine().copy_block(Pool::kDevice, 0, 9);
+  box.engine().copy_block(Pool::kDevice, 1, 4);
+  const std::vector<int32_t> copies = {9, 4};
+  StepSequence last = on_device(sequence(3, copies));
+  last.num_cached = 19;
+  last.num_new = 1;
+  const ScoredToken got = run_in(box.engine().begin({&last, 1}, box.plan(1)));
+  EXPECT_EQ(got.token, wanted.token);
+  EXPECT_EQ(got.logprob, wanted.logprob);
+  const std::vector<int32_t> outside = {0, 12};
+  const StepSequence broken = on_device(sequence(4, outside));
+  EXPECT_DEATH(box.engine().begin({&broken, 1}, box.plan(1)), "KV block 12");
 }
 
 TEST_P(EngineTest, EndsWithWorkStillEnqueued) {

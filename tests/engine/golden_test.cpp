@@ -6,6 +6,7 @@
 #include "engine/running_pass.h"
 #include "tests/engine/engine_box.h"
 #include "tests/engine/golden_case.h"
+#include "tests/engine/plans.h"
 
 namespace moed {
 namespace {
@@ -215,6 +216,26 @@ TEST_P(Golden, LogitsAndExpertsEqualTransformers) {
     EXPECT_LE(all.num_excluded, 0.02 * (all.num_compared + all.num_excluded));
     printf("%s, isa '%s', chunks of %d: %d rows compared, %d excluded, worst %.2f of the tolerance\n", way.device,
            way.isa, way.chunk_max, all.num_compared, all.num_excluded, all.worst);
+  }
+}
+
+// As fast as the device may: products of many rows by other kernels than products of few, chunked and not; and exactly.
+TEST_P(Golden, EveryPolicyEqualsTransformers) {
+  for (const PolicyCase& policy : policy_cases()) {
+    for (const bool deterministic : {false, true}) {
+      const DeviceOptions options{.num_threads = 2, .deterministic = deterministic, .seed = 11};
+      EngineConfig config = config_of(policy, model_.config, golden_config());
+      config.staging_blocks = deterministic ? 0 : 8;
+      EngineBox box(model_, *source_, opened("emulated", options), config);
+      box.set_planner(planner_of(policy));
+      for (const GoldenPrompt& prompt : prompts_) {
+        const int32_t chunk_max = deterministic ? 128 : 30;
+        const Difference one = compare(run_prompt(box, prompt.tokens, chunk_max, deterministic ? 0 : 5), prompt);
+        EXPECT_GT(one.num_compared, 0) << policy.name;
+        EXPECT_EQ(one.num_outside, 0) << policy.name << ", worst " << one.worst;
+        EXPECT_EQ(one.num_experts_turned, 0) << policy.name;
+      }
+    }
   }
 }
 
