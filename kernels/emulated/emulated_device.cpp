@@ -56,7 +56,7 @@ class EmulatedStream final : public Stream {
   explicit EmulatedStream(Emulation& emulation) : emulation_(emulation), actor_(emulation.add_stream(queue_)) {}
   ~EmulatedStream() override { emulation_.remove_stream(queue_); }
 
-  void enqueue(OpCall call) { emulation_.enqueue(std::move(call), actor_, queue_); }
+  void enqueue(OpCall call) { emulation_.enqueue(call, actor_, queue_); }
   void copy(void* target, const void* source, int64_t bytes) override {
     emulation_.enqueue_copy(target, source, bytes, actor_, queue_);
   }
@@ -112,7 +112,7 @@ class EmulatedOps final : public QueuedOps {
  private:
   void enqueue(OpCall call, Stream& stream) override {
     MOED_CHECK(&stream != &host_stream_) << op_name(call) << ": an op of the device on the stream of the host lane";
-    static_cast<EmulatedStream&>(stream).enqueue(std::move(call));
+    static_cast<EmulatedStream&>(stream).enqueue(call);
   }
   Emulation& emulation_;
   const Stream& host_stream_;

@@ -114,7 +114,7 @@ void Emulation::enqueue(OpCall call, int32_t actor, Queue& queue) {
   std::string fault;
   if (faults.hit(Faults::Kind::kLaunch)) fault = "launch of " + std::string(about.op) + " failed";
   if (lost) fault = "device lost: at " + std::string(about.op);
-  queue.push_back(OpItem{std::move(call), std::move(visitor.tables), std::move(fault)});
+  queue.push_back(OpItem{call, std::move(visitor.tables), std::move(fault)});
 }
 
 void Emulation::enqueue_copy(void* target, const void* source, int64_t bytes, int32_t actor, Queue& queue) {
