@@ -15,7 +15,7 @@ namespace moed {
 class ExpertCache {
  public:
   // In visits of the layer.
-  static constexpr std::array<float, 5> kHalfLives = {1.0F, 8.0F, 32.0F, 96.0F, 384.0F};
+  static constexpr std::array<float, 5> kHalfLives = {1.0F, 8.0F, 24.0F, 72.0F, 216.0F};
 
   // shares: [layers], how many experts of each are kept. resident: [layers * num_experts], not 0 for those that are
   // never counted.

@@ -357,13 +357,24 @@ void Ring::unkeep(Slot& slot) {
   cache_.drop(index_.moe_layer(id.layer), id.expert);
 }
 
+// The least popular of those that were not used for longest.
 int32_t Ring::take_for_demand() {
+  int32_t best = -1;
+  float best_score = 0.0F;
   int32_t slot = idle_.front();
-  // Else what was fetched last for later.
-  for (int32_t late = ahead_.back(); slot < 0 && late >= 0; late = slots_[late].previous) {
-    if (copies_->in_flight(late) == 0) slot = late;
+  for (int32_t i = 0; slot >= 0 && i < kLookMax; ++i, slot = idle_.after(slot)) {
+    if (slots_[slot].expert < 0) return slot;
+    const float score =
+        cache_.score(slots_[slot].expert / index_.num_experts(), slots_[slot].expert % index_.num_experts());
+    if (best >= 0 && score >= best_score) continue;
+    best = slot;
+    best_score = score;
   }
-  return slot;
+  // Else what was fetched last for later.
+  for (int32_t late = ahead_.back(); best < 0 && late >= 0; late = slots_[late].previous) {
+    if (copies_->in_flight(late) == 0) best = late;
+  }
+  return best;
 }
 
 int32_t Ring::take_for_prefetch() {
