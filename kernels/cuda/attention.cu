@@ -113,15 +113,15 @@ __device__ inline Bf16* out_of(const AttentionArgs& args, const AttentionTask& t
          (int64_t{head} * args.group + number % args.group) * args.kv.head_dim;
 }
 
-// write(vector of the tile, column, sum, total, peak) for what this lane holds.
-template <int kDim, class Write>
-__device__ inline void for_results(const SoftmaxState<kDim>& state, const Write& write) {
+// write(vector of the tile, column, sum, which of the lane's vectors) for what this lane holds.
+template <int kValues, class Write>
+__device__ inline void for_results(const SoftmaxState<kValues>& state, const Write& write) {
   const int lane = lane_of_thread();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int vector = warp_of_thread() * kWarpVectors + lane / 4 + i * 8;
 #pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
+    for (int j = 0; j < kValues / 8; ++j) {
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         write(vector, j * 8 + lane % 4 * 2 + part, state.sums[j][2 * i + part], i);
@@ -132,27 +132,28 @@ __device__ inline void for_results(const SoftmaxState<kDim>& state, const Write&
 
 // All chunks of the task. The K of a step comes while the weights of the one before are worked out, its V while its K
 // is scored.
-template <int kDim, int kWarps>
-__device__ inline SoftmaxState<kDim> attend_chunks(const AttentionArgs& args, const AttentionTask& task, int32_t head,
-                                                   const AttentionTile<kDim, kWarps>& tile) {
+template <int kDim, int kValues, int kWarps>
+__device__ inline SoftmaxState<kValues> attend_chunks(const AttentionArgs& args, const AttentionTask& task,
+                                                      int32_t head, int first_value,
+                                                      const AttentionTile<kDim, kValues, kWarps>& tile) {
   const int32_t last_row = (task.first_vector + task.num_vectors - 1) / args.group;
   const int32_t begin = task.chunk_begin * kChunkPositions;
   const int32_t end = min(task.chunk_end * kChunkPositions, task.num_cached + last_row + 1);
   const auto bring_k = [&](int32_t position) {
-    tile.bring_positions(tile.k, args, task.blocks, position, end,
-                         [&](int32_t block) { return k_of(args.kv, block, head); });
+    tile.template bring_positions<kDim>(tile.k, args, task.blocks, position, end, 0,
+                                        [&](int32_t block) { return k_of(args.kv, block, head); });
   };
   const auto bring_v = [&](int32_t position) {
-    tile.bring_positions(tile.v, args, task.blocks, position, end,
-                         [&](int32_t block) { return v_of(args.kv, block, head); });
+    tile.template bring_positions<kValues>(tile.v, args, task.blocks, position, end, first_value,
+                                           [&](int32_t block) { return v_of(args.kv, block, head); });
   };
   int32_t seen[2];
   for (int i = 0; i < 2; ++i) {
     const int vector = warp_of_thread() * kWarpVectors + lane_of_thread() / 4 + i * 8;
     seen[i] = vector < task.num_vectors ? task.num_cached + (task.first_vector + vector) / args.group + 1 : 0;
   }
-  SoftmaxState<kDim> all;
-  SoftmaxState<kDim> chunk;
+  SoftmaxState<kValues> all;
+  SoftmaxState<kValues> chunk;
   tile.bring_q(args, task, head);
   bring_k(begin);
   copy_async_commit();
@@ -167,7 +168,7 @@ __device__ inline SoftmaxState<kDim> attend_chunks(const AttentionArgs& args, co
     if (position + kStepPositions < end) bring_k(position + kStepPositions);
     copy_async_commit();
     const int32_t visible[2] = {seen[0] - position, seen[1] - position};
-    soften<kDim>(visible, args.scale, scores, chunk);
+    soften<kValues>(visible, args.scale, scores, chunk);
     copy_async_wait<1>();
     __syncthreads();  // this step's V is there
     tile.add_values(scores, chunk);
@@ -180,31 +181,35 @@ __device__ inline SoftmaxState<kDim> attend_chunks(const AttentionArgs& args, co
     } else {
       merge_states(all, chunk, args.scale);
     }
-    chunk = SoftmaxState<kDim>();
+    chunk = SoftmaxState<kValues>();
   }
   return all;
 }
 
-template <int kDim, int kWarps>
+template <int kDim, int kValues, int kWarps>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     attend(AttentionArgs args, const AttentionTask* tasks, Plan plan, bool to_partials) {
   MOED_DYNAMIC_SHARED(uint16_t, shared);
   const AttentionTask task = tasks[blockIdx.x];
   const auto head = static_cast<int32_t>(blockIdx.y);
-  const SoftmaxState<kDim> state = attend_chunks(args, task, head, AttentionTile<kDim, kWarps>(shared));
+  const int first_value = static_cast<int>(blockIdx.z) * kValues;
+  const SoftmaxState<kValues> state =
+      attend_chunks(args, task, head, first_value, AttentionTile<kDim, kValues, kWarps>(shared));
   const int32_t dim = args.kv.head_dim;
   if (to_partials) {
     for_results(state, [&](int vector, int column, float sum, int i) {
-      if (vector >= task.num_vectors) return;
+      const int at = first_value + column;
+      if (vector >= task.num_vectors || at >= dim) return;
       float* partial = partial_at(plan, args, blockIdx.x, head, vector);
-      if (column == 0) partial[0] = state.peak[i];
-      if (column == 0) partial[1] = state.total[i];
-      if (column < dim) partial[2 + column] = sum;
+      if (at == 0) partial[0] = state.peak[i];
+      if (at == 0) partial[1] = state.total[i];
+      partial[2 + at] = sum;
     });
   } else {
     for_results(state, [&](int vector, int column, float sum, int i) {
-      if (vector >= task.num_vectors || column >= dim) return;
-      out_of(args, task, head, vector)[column].bits = to_bf16(sum / state.total[i]);
+      const int at = first_value + column;
+      if (vector >= task.num_vectors || at >= dim) return;
+      out_of(args, task, head, vector)[at].bits = to_bf16(sum / state.total[i]);
     });
   }
 }
@@ -290,15 +295,17 @@ class Carver {
   std::byte* next_;
 };
 
-template <int kDim>
+template <int kDim, int kValues>
 void launch_tiles(const AttentionArgs& args, const Counts& counts, const Plan& plan, const Launch& launch) {
+  using ShortTile = AttentionTile<kDim, kValues, 1>;
+  using LongTile = AttentionTile<kDim, kValues, kLongWarps>;
   const auto heads = static_cast<unsigned>(args.kv.num_kv_heads);
+  const auto values = static_cast<unsigned>(divide_up(args.kv.head_dim, kValues));
   const auto short_tasks = static_cast<unsigned>(plan.split ? counts.short_chunks : counts.short_spans);
-  run_kernel(attend<kDim, 1>, dim3{short_tasks, heads}, dim3{kWarpSize}, AttentionTile<kDim, 1>::kSharedBytes,
-             launch.stream, args, plan.short_tasks, plan, plan.split);
-  run_kernel(attend<kDim, kLongWarps>, dim3{static_cast<unsigned>(counts.long_tasks), heads},
-             dim3{kLongWarps * kWarpSize}, AttentionTile<kDim, kLongWarps>::kSharedBytes, launch.stream, args,
-             plan.long_tasks, plan, false);
+  run_kernel(attend<kDim, kValues, 1>, dim3{short_tasks, heads, values}, dim3{ShortTile::kThreads},
+             ShortTile::kSharedBytes, launch.stream, args, plan.short_tasks, plan, plan.split);
+  run_kernel(attend<kDim, kValues, kLongWarps>, dim3{static_cast<unsigned>(counts.long_tasks), heads, values},
+             dim3{LongTile::kThreads}, LongTile::kSharedBytes, launch.stream, args, plan.long_tasks, plan, false);
   if (!plan.split) return;
   run_kernel(merge_partials, dim3{static_cast<unsigned>(counts.short_spans), heads}, dim3{kMergeWarps * kWarpSize}, 0,
              launch.stream, args, plan);
@@ -349,11 +356,11 @@ void attention(const Attention& args, const Launch& launch) {
   attention_args.wide = args.kv.head_dim % 8 == 0 && rows_are_wide(args.q.data, args.q.stride) &&
                         rows_are_wide(args.kv.base, args.kv.block_stride);
   if (args.kv.head_dim <= 64) {
-    launch_tiles<64>(attention_args, counts, plan, launch);
+    launch_tiles<64, 64>(attention_args, counts, plan, launch);
   } else if (args.kv.head_dim <= 128) {
-    launch_tiles<128>(attention_args, counts, plan, launch);
+    launch_tiles<128, 128>(attention_args, counts, plan, launch);
   } else {
-    launch_tiles<kHeadDimMax>(attention_args, counts, plan, launch);
+    launch_tiles<kHeadDimMax, 128>(attention_args, counts, plan, launch);
   }
 }
 

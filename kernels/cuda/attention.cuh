@@ -37,11 +37,11 @@ struct AttentionArgs {
 // Softmax over some positions for the two vectors of a lane (lane / 4 and that + 8), not yet divided: out = sums /
 // total, both relative to exp(scale * peak). sums: columns as mma_m16n8k16 lays them out. total: a quarter each of four
 // lanes until finish_chunk().
-template <int kDim>
+template <int kValues>
 struct SoftmaxState {
   float peak[2] = {-INFINITY, -INFINITY};
   float total[2] = {};
-  float sums[kDim / 8][4] = {};
+  float sums[kValues / 8][4] = {};
 };
 
 struct MergeWeights {
@@ -58,40 +58,42 @@ __device__ inline float merge(float into, float from, const MergeWeights& weight
   return fmaf(into, weights.into, from * weights.from);
 }
 
-template <int kDim>
-__device__ inline void merge_states(SoftmaxState<kDim>& into, const SoftmaxState<kDim>& from, float scale) {
+template <int kValues>
+__device__ inline void merge_states(SoftmaxState<kValues>& into, const SoftmaxState<kValues>& from, float scale) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const MergeWeights weights = merge_weights(into.peak[i], from.peak[i], scale);
     into.peak[i] = weights.peak;
     into.total[i] = merge(into.total[i], from.total[i], weights);
 #pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
+    for (int j = 0; j < kValues / 8; ++j) {
       into.sums[j][2 * i] = merge(into.sums[j][2 * i], from.sums[j][2 * i], weights);
       into.sums[j][2 * i + 1] = merge(into.sums[j][2 * i + 1], from.sums[j][2 * i + 1], weights);
     }
   }
 }
 
-template <int kDim>
-__device__ inline void finish_chunk(SoftmaxState<kDim>& state) {
+template <int kValues>
+__device__ inline void finish_chunk(SoftmaxState<kValues>& state) {
   for (float& total : state.total) {
     total += __shfl_xor_sync(kWarp, total, 1);
     total += __shfl_xor_sync(kWarp, total, 2);
   }
 }
 
-template <int kDim, int kWarps>
+// kDim: the head's dimensions, padded. kValues: those of V that the block sums up; registers hold no more than 128.
+template <int kDim, int kValues, int kWarps>
 struct AttentionTile {
   static constexpr int kThreads = kWarps * kWarpSize;
   // Rows 16 bytes further apart than a multiple of 128: eight of them meet 32 different banks.
   static constexpr int kStride = kDim + 8;
-  static constexpr int kChunksOfRow = kDim / 8;
-  static constexpr int64_t kSharedBytes = int64_t{2} * (kWarps * kWarpVectors + 2 * kStepPositions) * kStride;
+  static constexpr int kValueStride = kValues + 8;
+  static constexpr int64_t kSharedBytes =
+      int64_t{2} * ((kWarps * kWarpVectors + kStepPositions) * kStride + kStepPositions * kValueStride);
 
   uint16_t* q;  // [kWarps * 16, kStride]
   uint16_t* k;  // [kStepPositions, kStride]
-  uint16_t* v;
+  uint16_t* v;  // [kStepPositions, kValueStride]
 
   explicit __device__ AttentionTile(uint16_t* shared)
       : q(shared), k(q + kWarps * kWarpVectors * kStride), v(k + kStepPositions * kStride) {}
@@ -107,9 +109,10 @@ struct AttentionTile {
   }
 
   __device__ void bring_q(const AttentionArgs& args, const AttentionTask& task, int32_t head) const {
-    for (int i = static_cast<int>(threadIdx.x); i < kWarps * kWarpVectors * kChunksOfRow; i += kThreads) {
-      const int vector = i / kChunksOfRow;
-      const int column = i % kChunksOfRow * 8;
+    constexpr int kPieces = kDim / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < kWarps * kWarpVectors * kPieces; i += kThreads) {
+      const int vector = i / kPieces;
+      const int column = i % kPieces * 8;
       const int32_t number = task.first_vector + vector;
       const Bf16* row = vector >= task.num_vectors
                             ? nullptr
@@ -119,20 +122,21 @@ struct AttentionTile {
     }
   }
 
-  // K or V of positions [begin, begin + kStepPositions), those from `end` on as zeros. of_block(block): where a block
-  // of the head begins.
-  template <class OfBlock>
+  // Columns [first_column, first_column + kColumns) of K or V at positions [begin, begin + kStepPositions), those from
+  // `end` on as zeros. of_block(block): where a block of the head begins.
+  template <int kColumns, class OfBlock>
   __device__ void bring_positions(uint16_t* to, const AttentionArgs& args, const int32_t* blocks, int32_t begin,
-                                  int32_t end, const OfBlock& of_block) const {
-    for (int i = static_cast<int>(threadIdx.x); i < kStepPositions * kChunksOfRow; i += kThreads) {
-      const int column = i % kChunksOfRow * 8;
-      const int32_t position = begin + i / kChunksOfRow;
+                                  int32_t end, int first_column, const OfBlock& of_block) const {
+    constexpr int kPieces = kColumns / 8;
+    for (int i = static_cast<int>(threadIdx.x); i < kStepPositions * kPieces; i += kThreads) {
+      const int column = i % kPieces * 8;
+      const int32_t position = begin + i / kPieces;
       const Bf16* row = nullptr;
       if (position < end) {
         row = of_block(blocks[position / args.kv.block_tokens]) +
               int64_t{position % args.kv.block_tokens} * args.kv.head_dim;
       }
-      bring(to + i / kChunksOfRow * kStride + column, row, column, args.kv.head_dim, args.wide);
+      bring(to + i / kPieces * (kColumns + 8) + column, row, first_column + column, args.kv.head_dim, args.wide);
     }
   }
 
@@ -156,9 +160,9 @@ struct AttentionTile {
   }
 
   // sums += weights v. A weight goes as two bf16, its rounding and what that left: the sums stay as good as fp32.
-  __device__ void add_values(const float (&weights)[kStepPositions / 8][4], SoftmaxState<kDim>& state) const {
+  __device__ void add_values(const float (&weights)[kStepPositions / 8][4], SoftmaxState<kValues>& state) const {
     const int lane = lane_of_thread();
-    const uint16_t* my_v = v + lane % 16 * kStride + lane / 16 * 8;
+    const uint16_t* my_v = v + lane % 16 * kValueStride + lane / 16 * 8;
 #pragma unroll
     for (int step = 0; step < kStepPositions / 16; ++step) {
       uint32_t high[4];
@@ -173,9 +177,9 @@ struct AttentionTile {
                                                            << 16;
       }
 #pragma unroll
-      for (int j = 0; j < kDim / 8; j += 2) {
+      for (int j = 0; j < kValues / 8; j += 2) {
         uint32_t w[4];
-        load_matrices_transposed(w, my_v + step * 16 * kStride + j * 8);
+        load_matrices_transposed(w, my_v + step * 16 * kValueStride + j * 8);
         mma_m16n8k16(state.sums[j], high, {w[0], w[1]});
         mma_m16n8k16(state.sums[j], low, {w[0], w[1]});
         mma_m16n8k16(state.sums[j + 1], high, {w[2], w[3]});
@@ -187,9 +191,9 @@ struct AttentionTile {
 
 // Scores of a step to weights, and what came before to their peak. Vector i of the lane sees positions below
 // visible[i], counted from the step's first; a step of which it sees nothing leaves its bits as they are.
-template <int kDim>
+template <int kValues>
 __device__ inline void soften(const int32_t (&visible)[2], float scale, float (&scores)[kStepPositions / 8][4],
-                              SoftmaxState<kDim>& state) {
+                              SoftmaxState<kValues>& state) {
   const int lane = lane_of_thread();
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -220,7 +224,7 @@ __device__ inline void soften(const int32_t (&visible)[2], float scale, float (&
     state.peak[i] = peak;
     state.total[i] = fmaf(state.total[i], correction, sum);
 #pragma unroll
-    for (int j = 0; j < kDim / 8; ++j) {
+    for (int j = 0; j < kValues / 8; ++j) {
       state.sums[j][2 * i] *= correction;
       state.sums[j][2 * i + 1] *= correction;
     }

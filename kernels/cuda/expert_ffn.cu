@@ -124,7 +124,7 @@ int64_t plan_bytes(int64_t tasks) { return kWorkspaceAlignment + align_up(tasks 
 }  // namespace
 
 int64_t expert_workspace_bytes(const OpLimits& limits) {
-  return plan_bytes(tasks_max(int64_t{limits.rows} * limits.choices, std::max(limits.num_experts, 1)));
+  return plan_bytes(tasks_max(int64_t{limits.rows} * (limits.choices + 1), std::max(limits.num_experts, 1)));
 }
 
 void expert_ffn(const ExpertFfn& args, const Launch& launch) {

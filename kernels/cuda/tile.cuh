@@ -183,7 +183,7 @@ __device__ inline void add_dots(const Bf16* const (&w)[2], const Bf16* const (&x
                            w[1] != nullptr ? load_16_streamed(w[1] + k) : zero};
 #pragma unroll
       for (int row = 0; row < kDotRows; ++row) {
-        if (row >= shape.rows) break;
+        if (row >= shape.rows) continue;
         const uint4 xs = load_16(x[row] + k);
         sums[0][row] = dot_8(ws[0], xs, sums[0][row]);
         sums[1][row] = dot_8(ws[1], xs, sums[1][row]);
@@ -192,8 +192,11 @@ __device__ inline void add_dots(const Bf16* const (&w)[2], const Bf16* const (&x
     return;
   }
   for (int32_t k = lane; k < shape.depth; k += kWarpSize) {
-    for (int row = 0; row < shape.rows; ++row) {
+#pragma unroll
+    for (int row = 0; row < kDotRows; ++row) {
+      if (row >= shape.rows) continue;
       const float value = from_bf16(x[row][k].bits);
+#pragma unroll
       for (int panel = 0; panel < 2; ++panel) {
         if (w[panel] != nullptr) sums[panel][row] = fmaf(from_bf16(w[panel][k].bits), value, sums[panel][row]);
       }
@@ -206,6 +209,7 @@ template <class RowOf, class Store>
 __device__ inline void multiply_dots(const TileShape& shape, const Panel& first, const Panel& second,
                                      const RowOf& row_of, const Store& store) {
   const Bf16* x[kDotRows];
+#pragma unroll
   for (int row = 0; row < kDotRows; ++row) x[row] = row < shape.rows ? row_of(row) : nullptr;
   for (int column = warp_of_thread(); column < max(first.columns, second.columns); column += kTileWarps) {
     const Bf16* w[2] = {column < first.columns ? first.weights + int64_t{column} * shape.depth : nullptr,
@@ -214,7 +218,7 @@ __device__ inline void multiply_dots(const TileShape& shape, const Panel& first,
     add_dots(w, x, shape, sums);
 #pragma unroll
     for (int row = 0; row < kDotRows; ++row) {
-      if (row >= shape.rows) break;
+      if (row >= shape.rows) continue;
       const float first_sum = warp_sum(sums[0][row]);
       const float second_sum = warp_sum(sums[1][row]);
       if (lane_of_thread() == row) store(row, column, first_sum, second_sum);

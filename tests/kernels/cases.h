@@ -55,6 +55,7 @@ inline const std::vector<AttentionCase>& attention_cases() {
       {6, 2, 80, {{31, 7}, {511, 2}, {0, 1}}},
       {40, 1, 18, {{270, 3}}},
       {5, 5, 96, {{0, 300}}},
+      {2, 1, 200, {{290, 1}, {5, 40}}},
   };
   return all;
 }
