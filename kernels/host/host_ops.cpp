@@ -76,7 +76,7 @@ void HostOps::reserve_scratch(const OpLimits& limits) {
   y_rows_.resize(pairs);
   works_.reserve(std::max(1, limits.num_experts));
   group_ends_.resize(limits.num_experts);
-  const bool wide = use_onednn_ && limits.rows >= OneDnn::kRows;
+  const bool wide = use_onednn_ && OneDnn::is_built() && limits.rows >= OneDnn::kRows;
   const int32_t k_max = std::max({limits.hidden, limits.intermediate, limits.num_heads * limits.head_dim});
   onednn_ = wide ? std::make_unique<OneDnn>(pool_.num_threads(), k_max, kWideColumnsMax) : nullptr;
   logits_.resize(int64_t{limits.rows} * limits.num_experts);

@@ -14,6 +14,8 @@ class OneDnn {
   // Rows of every call: enough to come within a tenth of what it reaches with 512.
   static constexpr int32_t kRows = 64;
 
+  // Whether this build has it (MOED_ONEDNN). Where it has not, nobody makes one.
+  static bool is_built();
   // k_max, n_max: the largest blocks to come. Throws std::bad_alloc alone.
   OneDnn(int num_threads, int32_t k_max, int32_t n_max);
   ~OneDnn();
