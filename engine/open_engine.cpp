@@ -1,6 +1,9 @@
 #include "engine/open_engine.h"
 
+#include <cmath>
 #include <utility>
+
+#include "kernels/machine_file.h"
 
 namespace moed {
 
@@ -36,5 +39,26 @@ OpenedEngine::~OpenedEngine() = default;
 int64_t OpenedEngine::device_memory_bytes() const { return device_->is_host() ? 0 : device_->memory_bytes(); }
 
 std::string_view OpenedEngine::description() const { return device_->description(); }
+
+int64_t OpenedEngine::host_memory_bytes() const {
+  return std::llround(device_->machine()->host.memory_gib * (1 << 30));
+}
+
+MachineProfile OpenedEngine::profile() const {
+  constexpr double kBytesPerUs = 1e3;  // of a GB/s
+  const MachineFile& machine = *device_->machine();
+  MachineProfile profile;
+  profile.link_bytes = machine.link.h2d_gb_s * kBytesPerUs;
+  profile.device_bytes = machine.device.dram_gb_s * kBytesPerUs;
+  profile.device_flops = machine.device.bf16_tflops * 1e6;
+  profile.host_bytes = machine.host.dram_gb_s * kBytesPerUs;
+  profile.host_flops = machine.host.bf16_gflops * 1e3;
+  profile.attention_bytes = machine.host.attention_gb_s * kBytesPerUs;
+  profile.attention_flops = machine.host.attention_gflops * 1e3;
+  for (const InterferencePoint& point : machine.interference) {
+    profile.interference.push_back({point.dram_share, point.link_share});
+  }
+  return profile;
+}
 
 }  // namespace moed

@@ -6,6 +6,7 @@
 
 #include "engine/hybrid_engine.h"
 #include "kernels/traced_device.h"
+#include "plan/profile.h"
 
 namespace moed {
 
@@ -37,10 +38,11 @@ class OpenedEngine {
   // On the clock that the device's work is measured by.
   double now_us() const { return device_->now_us(); }
   DeviceTotals totals() const { return device_->totals(); }
-  // Whether the device computes nothing and keeps a clock of its own: for benchmarks and plans, never to serve with.
-  bool is_simulated() const { return device_->host_memory_bytes() > 0; }
-  // Of a simulated machine; 0: the real one counts.
-  int64_t host_memory_bytes() const { return device_->host_memory_bytes(); }
+  // A simulated machine: its device computes nothing and has a clock of its own, for benchmarks and plans.
+  bool is_simulated() const { return device_->machine() != nullptr; }
+  // REQUIRES: is_simulated().
+  int64_t host_memory_bytes() const;
+  MachineProfile profile() const;
   // Null unless DeviceSpec::traced.
   DeviceTrace* trace() { return trace_; }
 

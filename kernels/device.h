@@ -13,6 +13,7 @@ namespace moed {
 
 class Device;
 class HostAttention;
+struct MachineFile;
 class Ops;
 
 // Where a buffer lies. kDevice: the device's own memory. kPinned: host memory that DMA reads and writes. kMapped: host
@@ -123,8 +124,8 @@ class Device {
   virtual void unpin(std::byte* /*data*/) {}
   // Microseconds on the clock that the device's work is measured by: the steady clock, or a simulated one.
   virtual double now_us() const;
-  // Of the host of a machine that is simulated; 0: the host is this one.
-  virtual int64_t host_memory_bytes() const { return 0; }
+  // The machine that is simulated; null: this one is real.
+  virtual const MachineFile* machine() const { return nullptr; }
   // Zeroes where it does not count.
   virtual DeviceTotals totals() const { return {}; }
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races

@@ -67,7 +67,7 @@ class TracedDevice final : public Device {
   Status pin(std::byte* data, int64_t bytes) override { return inner_->pin(data, bytes); }
   void unpin(std::byte* data) override { inner_->unpin(data); }
   double now_us() const override { return inner_->now_us(); }
-  int64_t host_memory_bytes() const override { return inner_->host_memory_bytes(); }
+  const MachineFile* machine() const override { return inner_->machine(); }
   DeviceTotals totals() const override { return inner_->totals(); }
   void host_access(const void* data, int64_t bytes, Access access) override;
   int num_host_threads() const override { return inner_->num_host_threads(); }

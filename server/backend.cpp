@@ -159,6 +159,13 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
       settings.device.threads > 0 ? static_cast<int>(settings.device.threads) : default_compute_threads();
   planning.rates.host_bytes = kPriorBytesPerUs;
   planning.rates.host_flops = kPriorFlopsPerUsPerThread * threads;
+  if (opened->is_simulated()) {
+    const MachineProfile profile = opened->profile();
+    planning.rates = {.link_bytes = profile.link_bytes,
+                      .host_bytes = profile.host_bytes,
+                      .host_flops = profile.host_flops,
+                      .device_flops = profile.device_flops};
+  }
   if (has_device) {
     spdlog::info("device memory: {}", budget.device.describe());
     spdlog::info("placement: policy {}, KV {}, {} of {} experts resident", planning.policy->name, name_of(planning.kv),

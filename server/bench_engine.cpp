@@ -163,6 +163,14 @@ Json stretch_json(const BenchCounts& begin, const BenchCounts& end) {
   json["bulk_passes"] = passes[1];
   json["rows"] = end.rows - begin.rows;
   json["ms_a_pass"] = passes[0] + passes[1] > 0 ? us / 1e3 / static_cast<double>(passes[0] + passes[1]) : 0.0;
+  const double bound_us = end.bound_us - begin.bound_us;
+  if (bound_us > 0.0) {
+    json["bound"] = {{"seconds", bound_us / 1e6},
+                     {"reached", us > 0.0 ? bound_us / us : 0.0},
+                     {"link_seconds", (end.part_bounds_us[0] - begin.part_bounds_us[0]) / 1e6},
+                     {"host_seconds", (end.part_bounds_us[1] - begin.part_bounds_us[1]) / 1e6},
+                     {"device_seconds", (end.part_bounds_us[2] - begin.part_bounds_us[2]) / 1e6}};
+  }
   json["pass_seconds"] = {{"total", lane(&StepTimes::total_us)},
                           {"attention", lane(&StepTimes::attention_us)},
                           {"experts", lane(&StepTimes::experts_us)},
@@ -236,6 +244,11 @@ void print_stretch(std::string_view name, const Json& json) {
   fmt::print("  busy: kernels {:.1f}%, copies up {:.1f}%, down {:.1f}%, host ops {:.1f}%; waits for the ring {:.1f}%\n",
              100 * number("busy", "kernels"), 100 * number("busy", "copies_up"), 100 * number("busy", "copies_down"),
              100 * number("busy", "host_ops"), 100 * number("busy", "waits_for_ring"));
+  if (json.contains("bound")) {
+    fmt::print("  closed-form bound: {:.3f} s ({:.1f}% reached); link {:.3f}, host {:.3f}, device {:.3f}\n",
+               number("bound", "seconds"), 100 * number("bound", "reached"), number("bound", "link_seconds"),
+               number("bound", "host_seconds"), number("bound", "device_seconds"));
+  }
   fmt::print("  seconds of passes: attention {:.3f}, experts {:.3f}, dense {:.3f}, sampling {:.3f}\n",
              number("pass_seconds", "attention"), number("pass_seconds", "experts"), number("pass_seconds", "dense"),
              number("pass_seconds", "sample"));

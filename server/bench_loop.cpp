@@ -4,6 +4,8 @@
 #include <cmath>
 #include <utility>
 
+#include "plan/bound.h"
+
 namespace moed {
 namespace {
 
@@ -129,10 +131,26 @@ class BenchLoop {
                                                  .residency = planning.residency,
                                                  .rates = planning.rates,
                                                  .halves = planning.halves});
+    if (inputs_.opened.is_simulated()) add_bound(sequences, shape);
     pass(kind) = engine_.begin(sequences, plan);
     ++sums_.passes[static_cast<size_t>(kind)];
     sums_.rows += shape.num_rows;
     return true;
+  }
+
+  void add_bound(std::span<const StepSequence> sequences, const StepShape& shape) {
+    int64_t host_tokens = 0;
+    for (const StepSequence& sequence : sequences) {
+      // Prompts attend on the device wherever their KV is to be.
+      if (sequence.pool == Pool::kHost && sequence.num_new == 1) host_tokens += sequence.num_cached + 1;
+    }
+    const double host_share = static_cast<double>(host_tokens) / static_cast<double>(shape.context_tokens);
+    const LeastWork work = least_work(inputs_.model, shape, inputs_.planning, host_share);
+    const Bound bound = closed_form_bound(inputs_.opened.profile(), work);
+    sums_.bound_us += bound.us();
+    sums_.part_bounds_us[0] += bound.link_us;
+    sums_.part_bounds_us[1] += bound.host_us;
+    sums_.part_bounds_us[2] += bound.device_us;
   }
 
   Status commit(PassKind kind) {

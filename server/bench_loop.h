@@ -37,6 +37,8 @@ struct BenchCounts {
   std::array<int64_t, 2> passes{};  // by PassKind
   int64_t rows = 0;
   StepTimes lanes;
+  double bound_us = 0.0;                   // closed_form_bound() of each pass, added up; simulated machines only
+  std::array<double, 3> part_bounds_us{};  // the same of link, host and device alone
   DeviceTotals device;
   EngineStats engine;
 };

@@ -291,7 +291,7 @@ class SimulatedDevice final : public Device {
     return std::make_unique<SimulatedHostAttention>(simulation_);
   }
   int64_t memory_bytes() const override { return simulation_.memory.capacity_bytes(); }
-  int64_t host_memory_bytes() const override { return std::llround(simulation_.machine.host.memory_gib * (1 << 30)); }
+  const MachineFile* machine() const override { return &simulation_.machine; }
   double now_us() const override { return simulation_.timeline.now_us(); }
   DeviceTotals totals() const override {
     DeviceTotals sums;
