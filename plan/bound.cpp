@@ -125,12 +125,13 @@ Bound closed_form_bound(const MachineProfile& machine, const LeastWork& work) {
   }
   bound.link_us = std::max(bound.link_us, copy_us);
   if (work.shared_bytes > 0.0) {
-    // Either may take any of it, so both end together. The best case: no interference.
-    const double host_rate =
+    // Either may take any of it, so both end together, and slow each other as long as it lasts.
+    const double wanted =
         std::min(machine.host_bytes, machine.host_flops * work.shared_bytes / std::max(work.shared_flops, 1.0));
-    const double extra_us =
-        std::max(0.0, work.shared_bytes + bound.host_us * host_rate + bound.link_us * machine.link_bytes) /
-        (host_rate + machine.link_bytes);
+    const double link_rate = machine.link_bytes * machine.link_left(wanted / machine.host_bytes);
+    const double host_rate = std::min(wanted, std::max(machine.host_bytes - link_rate, machine.host_bytes / 2));
+    const double both_us = work.shared_bytes / std::max(host_rate + link_rate, machine.link_bytes);
+    const double extra_us = both_us + std::min(bound.host_us, bound.link_us);
     bound.host_us = std::max(bound.host_us, extra_us);
     bound.link_us = std::max(bound.link_us, extra_us);
   }
