@@ -82,9 +82,15 @@ Array poisoned(int64_t bytes) {
   return array;
 }
 
+struct Visited {
+  const char* file = nullptr;
+  Site site;
+  bool dropped = false;
+};
+
 struct Machine {
   uint64_t seed = 1;
-  std::vector<Site> sites;
+  std::vector<Visited> sites;
   std::optional<Site> dropped;
   std::vector<std::unique_ptr<Thread>> threads;  // made once, reused by every block
   const FunctionRef<void()>* kernel = nullptr;
@@ -112,11 +118,17 @@ bool same(const std::source_location& a, const std::source_location& b) {
 // False when the place is to be passed as if nothing stood there.
 bool visit(Site::Kind kind, const std::source_location& at) {
   Machine& m = machine();
+  const auto line = static_cast<int>(at.line());
+  // All of a block's threads come by in turn: mostly the place is the last one.
+  for (size_t i = m.sites.size(); i > 0; --i) {
+    const Visited& known = m.sites[i - 1];
+    if (known.file == at.file_name() && known.site.line == line) return !known.dropped;
+  }
   const std::string file = at.file_name();
-  Site site{file.substr(file.find_last_of('/') + 1), static_cast<int>(at.line()), kind};
-  const bool kept = m.dropped != site;
-  if (std::find(m.sites.begin(), m.sites.end(), site) == m.sites.end()) m.sites.push_back(std::move(site));
-  return kept;
+  Site site{file.substr(file.find_last_of('/') + 1), line, kind};
+  const bool dropped = m.dropped == site;
+  m.sites.push_back({at.file_name(), std::move(site), dropped});
+  return !dropped;
 }
 
 void pause(State state, const std::source_location& at) {
@@ -276,9 +288,15 @@ void run_block(const Grid& grid, const Extent& index, unsigned num_threads, Rand
 }  // namespace
 
 void set_seed(uint64_t seed) { machine().seed = seed; }
-std::vector<Site> take_sites() { return std::exchange(machine().sites, {}); }
+std::vector<Site> take_sites() {
+  std::vector<Site> sites;
+  for (Visited& visited : machine().sites) sites.push_back(std::move(visited.site));
+  machine().sites.clear();
+  return sites;
+}
 void drop(const Site* site) {
   machine().dropped = site == nullptr ? std::optional<Site>() : std::optional<Site>(*site);
+  machine().sites.clear();
 }
 
 void run_grid(const Grid& grid, FunctionRef<void()> kernel) {

@@ -110,7 +110,10 @@ struct Fragments {
   uint32_t b[2];
 };
 
-inline float half_of(uint32_t word, unsigned half) { return from_bf16(static_cast<uint16_t>(word >> (16 * half))); }
+inline void split_word(uint32_t word, float* to) {
+  to[0] = from_bf16(static_cast<uint16_t>(word & 0xFFFFU));
+  to[1] = from_bf16(static_cast<uint16_t>(word >> 16));
+}
 
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          const source_location& at = source_location::current()) {
@@ -119,14 +122,18 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
   std::memcpy(mine.b, b, sizeof b);
   cuda_on_host::show(&mine, sizeof mine, at);
   const unsigned me = cuda_on_host::lane().in_warp;
-  for (unsigned i = 0; i < 4; ++i) {
-    const unsigned row = me / 4 + i / 2 * 8;
-    const unsigned column = me % 4 * 2 + i % 2;
-    for (unsigned k = 0; k < 16; ++k) {
-      const auto rows = load_as<Fragments>(cuda_on_host::peek(row % 8 * 4 + k % 8 / 2));
-      const auto columns = load_as<Fragments>(cuda_on_host::peek(column * 4 + k % 8 / 2));
-      d[i] += half_of(rows.a[row / 8 + k / 8 * 2], k % 2) * half_of(columns.b[k / 8], k % 2);
+  float rows[2][16];     // of a: lane / 4 and that + 8
+  float columns[2][16];  // of b: lane % 4 * 2 and the next
+  for (unsigned q = 0; q < 4; ++q) {
+    const auto of_row = load_as<Fragments>(cuda_on_host::peek(me / 4 * 4 + q));
+    for (unsigned i = 0; i < 4; ++i) split_word(of_row.a[i], rows[i % 2] + q * 2 + i / 2 * 8);
+    for (unsigned column = 0; column < 2; ++column) {
+      const auto of_column = load_as<Fragments>(cuda_on_host::peek((me % 4 * 2 + column) * 4 + q));
+      for (unsigned i = 0; i < 2; ++i) split_word(of_column.b[i], columns[column] + q * 2 + i * 8);
     }
+  }
+  for (unsigned k = 0; k < 16; ++k) {
+    for (unsigned i = 0; i < 4; ++i) d[i] += rows[i / 2][k] * columns[i % 2][k];
   }
 }
 

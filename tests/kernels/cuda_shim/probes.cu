@@ -79,6 +79,13 @@ __global__ void take_shared() {
   much[0] = 0;
 }
 
+__global__ void write_shared(int at) {
+  MOED_SHARED(int, numbers, 32);
+  numbers[at + static_cast<int>(threadIdx.x)] = 0;
+}
+
+__global__ void read_global(const int* from, int* to) { *to = from[threadIdx.x]; }
+
 const uint16_t* bits(const std::vector<Bf16>& x) { return reinterpret_cast<const uint16_t*>(x.data()); }
 
 }  // namespace
@@ -118,6 +125,12 @@ std::vector<float> multiply(const std::vector<Bf16>& a, const std::vector<Bf16>&
 void half_a_warp_shuffles() { cuda::run_kernel(shuffle_in_half, dim3{1}, dim3{32}, 0, nullptr); }
 void warps_at_different_barriers() { cuda::run_kernel(meet_apart, dim3{1}, dim3{64}, 0, nullptr); }
 void some_threads_end_before_a_barrier() { cuda::run_kernel(leave_early, dim3{1}, dim3{64}, 0, nullptr); }
+void write_past_shared() { cuda::run_kernel(write_shared, dim3{1}, dim3{32}, 0, nullptr, 1); }
+void read_past_global() {
+  const std::vector<int> from(31);
+  int to = 0;
+  cuda::run_kernel(read_global, dim3{1}, dim3{32}, 0, nullptr, from.data(), &to);
+}
 void too_much_shared_memory() { cuda::run_kernel(take_shared, dim3{1}, dim3{32}, 0, nullptr); }
 
 }  // namespace moed::probes

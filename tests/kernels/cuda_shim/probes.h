@@ -28,5 +28,8 @@ void half_a_warp_shuffles();
 void warps_at_different_barriers();
 void some_threads_end_before_a_barrier();
 void too_much_shared_memory();
+// Under asan.
+void write_past_shared();
+void read_past_global();
 
 }  // namespace moed::probes
