@@ -17,6 +17,7 @@ struct Client {
   double first_us = 0.0;
   double last_us = 0.0;
   int32_t tokens = 0;
+  int32_t requests = 0;  // of which a first token came
   bool idle = true;
 };
 
@@ -108,7 +109,7 @@ class BenchLoop {
   }
 
   Status send(size_t client) {
-    clients_[client] = {.arrival_us = inputs_.opened.now_us(), .idle = false};
+    clients_[client] = {.arrival_us = inputs_.opened.now_us(), .requests = clients_[client].requests, .idle = false};
     ++num_sent_;
     return add_request(static_cast<RequestId>(client), workload_.prompt_tokens, workload_.new_tokens);
   }
@@ -159,7 +160,8 @@ class BenchLoop {
     tracker_.observe(shape, output.times.total_us);
     add(sums_.lanes, output.times);
     for (const TokenEvent& event : scheduler_.commit(kind, output, now_us())) MOED_RETURN_IF_ERROR(take(event));
-    if (!steady_begun_ && std::all_of(clients_.begin(), clients_.end(), [](const Client& c) { return c.tokens > 0; })) {
+    if (!steady_begun_ &&
+        std::all_of(clients_.begin(), clients_.end(), [](const Client& c) { return c.requests > 0; })) {
       steady_begun_ = true;
       result_.steady_begin = counts();
     }
@@ -190,6 +192,7 @@ class BenchLoop {
       ++sums_.new_tokens;
       if (client.tokens++ == 0) {
         client.first_us = at_us;
+        ++client.requests;
         sums_.prompt_tokens += workload_.prompt_tokens;
         first_us_.push_back(at_us - client.arrival_us);
       } else if (long_sent_ && result_.long_prompt_ms == 0.0) {
