@@ -21,9 +21,9 @@ constexpr float kCopyMargin = 1.25F;
 }  // namespace
 
 ExpertCache::ExpertCache(int32_t num_experts, std::span<const int32_t> shares, std::span<const uint8_t> resident)
-    : num_experts_(num_experts), layers_(shares.size()), keys_(num_experts) {
+    : num_experts_(num_experts), layers_(shares.size()), top_(num_experts), visited_(num_experts) {
   const auto num_layers = static_cast<int32_t>(shares.size());
-  const size_t words = (static_cast<size_t>(num_experts) + 63) / 64;
+  const size_t words = num_words(num_experts);
   for (size_t i = 0; i < decays_.size(); ++i) decays_[i] = std::exp2(-1.0F / kHalfLives[i]);
   for (int32_t l = 0; l < num_layers; ++l) {
     Layer& layer = layers_[l];
@@ -32,7 +32,7 @@ ExpertCache::ExpertCache(int32_t num_experts, std::span<const int32_t> shares, s
     layer.wanted.resize(words);
     layer.kept.resize(words);
     for (int32_t expert = 0; expert < num_experts; ++expert) {
-      if (resident[l * num_experts + expert] != 0) layer.resident[expert / 64] |= uint64_t{1} << expert % 64;
+      if (resident[l * num_experts + expert] != 0) set_bit(layer.resident, expert);
     }
     for (auto& scores : layer.scores) scores.resize(num_experts);
     const int32_t tries = std::min(num_layers, kGhostLayers);
@@ -40,42 +40,25 @@ ExpertCache::ExpertCache(int32_t num_experts, std::span<const int32_t> shares, s
       layer.ghosts.resize(kHalfLives.size());
       for (Ghost& ghost : layer.ghosts) ghost.names.resize(words);
     }
-    choose(layer, layer.scores[rule_], layer.kept, layer.wanted);
-  }
-}
-
-void ExpertCache::choose(const Layer& layer, const std::vector<float>& scores, const Bits& incumbent, Bits& chosen) {
-  size_t count = 0;
-  for (int32_t expert = 0; expert < num_experts_; ++expert) {
-    if (test(layer.resident, expert)) continue;
-    const uint64_t rank = uint64_t{test(incumbent, expert)} << 31 | static_cast<uint32_t>(num_experts_ - 1 - expert);
-    keys_[count++] = uint64_t{std::bit_cast<uint32_t>(scores[expert])} << 32 | rank;
-  }
-  std::fill(chosen.begin(), chosen.end(), 0);
-  const size_t share = std::min(static_cast<size_t>(layer.share), count);
-  if (share == 0) return;
-  std::nth_element(keys_.begin(), keys_.begin() + static_cast<int64_t>(share) - 1,
-                   keys_.begin() + static_cast<int64_t>(count), std::greater<>());
-  for (size_t i = 0; i < share; ++i) {
-    const int32_t expert = num_experts_ - 1 - static_cast<int32_t>(keys_[i] & 0x7fffffff);
-    chosen[expert / 64] |= uint64_t{1} << expert % 64;
+    top_.choose(layer.scores[rule_], layer.resident, layer.kept, layer.share, layer.wanted);
   }
 }
 
 void ExpertCache::routed(int32_t layer_index, std::span<const int32_t> counts) {
   Layer& layer = layers_[layer_index];
   if (!layer.ghosts.empty()) try_ghosts(layer, counts);
+  for (int32_t expert = 0; expert < num_experts_; ++expert) visited_[expert] = counts[expert] > 0 ? 1.0F : 0.0F;
   for (size_t i = 0; i < decays_.size(); ++i) {
     float* scores = layer.scores[i].data();
     for (int32_t expert = 0; expert < num_experts_; ++expert) {
-      scores[expert] = scores[expert] * decays_[i] + (counts[expert] > 0 ? 1.0F : 0.0F);
+      scores[expert] = scores[expert] * decays_[i] + visited_[expert];
     }
   }
   for (size_t i = 0; i < layer.ghosts.size(); ++i) {
     Ghost& ghost = layer.ghosts[i];
-    choose(layer, layer.scores[i], ghost.names, ghost.names);
+    top_.choose(layer.scores[i], layer.resident, ghost.names, layer.share, ghost.names);
   }
-  choose(layer, layer.scores[rule_], layer.kept, layer.wanted);
+  top_.choose(layer.scores[rule_], layer.resident, layer.kept, layer.share, layer.wanted);
 }
 
 // Before the scores learn of the visit: what each ghost would have held.
@@ -83,7 +66,7 @@ void ExpertCache::try_ghosts(Layer& layer, std::span<const int32_t> counts) {
   for (Ghost& ghost : layer.ghosts) {
     int32_t hits = 0;
     for (int32_t expert = 0; expert < num_experts_; ++expert) {
-      hits += counts[expert] > 0 && test(ghost.names, expert) ? 1 : 0;
+      hits += counts[expert] > 0 && has_bit(ghost.names, expert) ? 1 : 0;
     }
     ghost.hits = ghost.hits * kHitDecay + static_cast<float>(hits);
   }
@@ -101,8 +84,8 @@ void ExpertCache::choose_rule() {
 
 int32_t ExpertCache::keep(int32_t layer_index, int32_t expert) {
   Layer& layer = layers_[layer_index];
-  MOED_CHECK(test(layer.wanted, expert) && !test(layer.kept, expert)) << "expert " << expert;
-  layer.kept[expert / 64] |= uint64_t{1} << expert % 64;
+  MOED_CHECK(has_bit(layer.wanted, expert) && !has_bit(layer.kept, expert)) << "expert " << expert;
+  set_bit(layer.kept, expert);
   if (layer.num_kept < layer.share) {
     ++layer.num_kept;
     return -1;
@@ -119,8 +102,8 @@ int32_t ExpertCache::keep(int32_t layer_index, int32_t expert) {
 
 void ExpertCache::drop(int32_t layer_index, int32_t expert) {
   Layer& layer = layers_[layer_index];
-  MOED_CHECK(test(layer.kept, expert)) << "expert " << expert;
-  layer.kept[expert / 64] &= ~(uint64_t{1} << expert % 64);
+  MOED_CHECK(has_bit(layer.kept, expert)) << "expert " << expert;
+  clear_bit(layer.kept, expert);
   --layer.num_kept;
 }
 

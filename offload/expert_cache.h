@@ -5,6 +5,8 @@
 #include <span>
 #include <vector>
 
+#include "offload/top_experts.h"
+
 namespace moed {
 
 // Decides which experts of each layer should survive the pass; holds no bytes. An expert's score is the sum of its past
@@ -24,8 +26,8 @@ class ExpertCache {
   // A visit of the layer: counts[expert] rows.
   void routed(int32_t layer, std::span<const int32_t> counts);
   // Whether the expert is among those of its layer that should be kept.
-  bool keeps(int32_t layer, int32_t expert) const { return test(layers_[layer].wanted, expert); }
-  bool kept(int32_t layer, int32_t expert) const { return test(layers_[layer].kept, expert); }
+  bool keeps(int32_t layer, int32_t expert) const { return has_bit(layers_[layer].wanted, expert); }
+  bool kept(int32_t layer, int32_t expert) const { return has_bit(layers_[layer].kept, expert); }
   // It is kept from now on; returns the expert that is kept no more in its stead, -1: none. REQUIRES: keeps(), not
   // kept().
   int32_t keep(int32_t layer, int32_t expert);
@@ -36,28 +38,25 @@ class ExpertCache {
   // Whether a missing expert is so much better than one that is kept in its stead that it is worth a copy.
   bool gains(int32_t layer, int32_t expert) const;
   float score(int32_t layer, int32_t expert) const { return layers_[layer].scores[rule_][expert]; }
+  std::span<const float> scores(int32_t layer) const { return layers_[layer].scores[rule_]; }
   // Index into kHalfLives.
   int32_t rule() const { return rule_; }
 
  private:
-  using Bits = std::vector<uint64_t>;
   struct Ghost {
-    Bits names;
+    ExpertBits names;
     float hits = 0.0F;  // decayed as routed() goes on
   };
   struct Layer {
     int32_t share = 0;
     int32_t num_kept = 0;
-    Bits resident;
-    Bits wanted;
-    Bits kept;
+    ExpertBits resident;
+    ExpertBits wanted;
+    ExpertBits kept;
     std::array<std::vector<float>, kHalfLives.size()> scores;  // [num_experts]
     std::vector<Ghost> ghosts;                                 // one a half-life; none in layers that do not try
   };
 
-  static bool test(const Bits& bits, int32_t index) { return (bits[index / 64] >> (index % 64) & 1) != 0; }
-  // The `share` experts with the highest scores; among equals those in `incumbent`, then the lower.
-  void choose(const Layer& layer, const std::vector<float>& scores, const Bits& incumbent, Bits& chosen);
   void try_ghosts(Layer& layer, std::span<const int32_t> counts);
   void choose_rule();
 
@@ -65,7 +64,8 @@ class ExpertCache {
   std::vector<Layer> layers_;
   std::array<float, kHalfLives.size()> decays_;
   int32_t rule_ = 0;
-  std::vector<uint64_t> keys_;  // of choose()
+  TopExperts top_;
+  std::vector<float> visited_;  // [num_experts]: 1 for those that the rows of a visit chose
 };
 
 }  // namespace moed

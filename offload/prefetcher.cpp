@@ -1,7 +1,7 @@
 #include "offload/prefetcher.h"
 
 #include <algorithm>
-#include <bit>
+#include <functional>
 #include <utility>
 
 #include "base/check.h"
@@ -9,18 +9,16 @@
 namespace moed {
 namespace {
 
-// A layer's first visits are all scored; later, where the lookahead is not trusted, one in so many.
+// A layer's first visits are all scored; later one in so many where the lookahead is trusted, and where it is not.
 constexpr int64_t kFirstScored = 16;
-constexpr int64_t kScoredEvery = 32;
+constexpr int64_t kScoredTrusted = 8;
+constexpr int64_t kScoredUntrusted = 32;
 // Of the sums that the lookahead is judged by, at each visit scored.
 constexpr float kScoreDecay = 0.95F;
 // Of the experts that the lookahead names, so many must be chosen to be worth their copies.
 constexpr float kPrecisionMin = 0.5F;
 // Passes over the model in which nothing was streamed until popular experts are copied no more.
 constexpr int64_t kIdlePasses = 2;
-
-bool test(const std::vector<uint64_t>& bits, int32_t index) { return (bits[index / 64] >> (index % 64) & 1) != 0; }
-void set(std::vector<uint64_t>& bits, int32_t index) { bits[index / 64] |= uint64_t{1} << index % 64; }
 
 }  // namespace
 
@@ -31,8 +29,9 @@ Prefetcher::Prefetcher(const ExpertIndex& index, const ExpertCache& cache)
       expected_(index.size()),
       listed_(index.size()),
       visits_streamed_(kIdlePasses * index.num_layers()),
-      keys_(index.num_experts()) {
-  const size_t words = (static_cast<size_t>(index.num_experts()) + 63) / 64;
+      keys_(index.num_experts()),
+      top_(index.num_experts()) {
+  const size_t words = num_words(index.num_experts());
   for (Layer& layer : layers_) {
     for (Trial& trial : layer.trials) {
       trial.named.resize(words);
@@ -45,11 +44,10 @@ Prefetcher::Prefetcher(const ExpertIndex& index, const ExpertCache& cache)
 
 bool Prefetcher::wants_prediction(int32_t moe_layer) const {
   const Layer& layer = layers_[moe_layer];
-  return layer.trusted || layer.num_scored < kFirstScored || layer.visits % kScoredEvery == 0;
+  return layer.trusted || layer.num_scored < kFirstScored || layer.visits % kScoredUntrusted == 0;
 }
 
-void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts,
-                           FunctionRef<bool(int32_t expert)> absent) {
+void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts, std::span<const uint64_t> present) {
   Layer& layer = layers_[moe_layer];
   if (layer.num_trials == static_cast<int32_t>(layer.trials.size())) {
     std::swap(layer.trials[0], layer.trials[1]);
@@ -58,39 +56,26 @@ void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts,
   Trial& trial = layer.trials[layer.num_trials++];
   std::fill(trial.named.begin(), trial.named.end(), 0);
   trial.count = 0;
-  const int32_t first = moe_layer * index_.num_experts();
   for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
-    if (counts[expert] == 0 || !absent(first + expert)) continue;
-    set(trial.named, expert);
+    if (counts[expert] == 0 || has_bit(present, expert)) continue;
+    set_bit(trial.named, expert);
     keys_[trial.count++] = uint64_t{static_cast<uint32_t>(counts[expert])} << 32 | static_cast<uint32_t>(expert);
   }
-  if (layer.trusted) {
-    if (std::exchange(expecting_layer_, moe_layer) != moe_layer) {
-      expecting_.clear();
-      expecting_next_ = 0;
-      ++expected_number_;
-    }
-    std::sort(keys_.begin(), keys_.begin() + trial.count, std::greater<>());
-    for (int32_t i = 0; i < trial.count && expecting_.size() < expecting_.capacity(); ++i) {
-      expecting_.push_back(first + static_cast<int32_t>(keys_[i] & 0xffffffff));
-      expected_[expecting_.back()] = expected_number_;
-    }
-  }
-  choose_popular(moe_layer, trial, absent);
+  if (layer.trusted) expect(moe_layer, trial.count);
+  if (layer.trusted && layer.num_scored >= kFirstScored && layer.visits % kScoredTrusted != 0) trial.count = 0;
+  if (trial.count > 0) top_.choose(cache_.scores(moe_layer), present, present, trial.count, trial.popular);
 }
 
-void Prefetcher::choose_popular(int32_t moe_layer, Trial& trial, FunctionRef<bool(int32_t expert)> absent) {
-  std::fill(trial.popular.begin(), trial.popular.end(), 0);
-  if (trial.count == 0) return;
-  int32_t count = 0;
-  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
-    if (!absent(moe_layer * index_.num_experts() + expert)) continue;
-    keys_[count++] = uint64_t{std::bit_cast<uint32_t>(cache_.score(moe_layer, expert))} << 32 |
-                     static_cast<uint32_t>(index_.num_experts() - 1 - expert);
+void Prefetcher::expect(int32_t moe_layer, int32_t count) {
+  if (std::exchange(expecting_layer_, moe_layer) != moe_layer) {
+    expecting_.clear();
+    expecting_next_ = 0;
+    ++expected_number_;
   }
-  std::nth_element(keys_.begin(), keys_.begin() + trial.count - 1, keys_.begin() + count, std::greater<>());
-  for (int32_t i = 0; i < trial.count; ++i) {
-    set(trial.popular, index_.num_experts() - 1 - static_cast<int32_t>(keys_[i] & 0xffffffff));
+  std::sort(keys_.begin(), keys_.begin() + count, std::greater<>());
+  for (int32_t i = 0; i < count && expecting_.size() < expecting_.capacity(); ++i) {
+    expecting_.push_back(moe_layer * index_.num_experts() + static_cast<int32_t>(keys_[i] & 0xffffffff));
+    expected_[expecting_.back()] = expected_number_;
   }
 }
 
@@ -108,15 +93,14 @@ void Prefetcher::routed(int32_t moe_layer, std::span<const int32_t> counts) {
 }
 
 void Prefetcher::score(Layer& layer, const Trial& trial, std::span<const int32_t> counts) {
-  // All that it named is there: nothing to learn.
   if (trial.count == 0) return;
   ++layer.num_scored;
   int32_t hits = 0;
   int32_t popular_hits = 0;
   for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
     if (counts[expert] == 0) continue;
-    hits += test(trial.named, expert) ? 1 : 0;
-    popular_hits += test(trial.popular, expert) ? 1 : 0;
+    hits += has_bit(trial.named, expert) ? 1 : 0;
+    popular_hits += has_bit(trial.popular, expert) ? 1 : 0;
   }
   layer.named = layer.named * kScoreDecay + static_cast<float>(trial.count);
   layer.hits = layer.hits * kScoreDecay + static_cast<float>(hits);

@@ -21,8 +21,9 @@ class Prefetcher {
   // Both outlive it.
   Prefetcher(const ExpertIndex& index, const ExpertCache& cache);
 
-  // The lookahead's answer for a layer; absent(expert) as of now. Two of a layer may wait for routed(), one a half.
-  void predicted(int32_t moe_layer, std::span<const int32_t> counts, FunctionRef<bool(int32_t expert)> absent);
+  // The lookahead's answer for a layer; present: those of its experts that are there or on their way. Two answers for a
+  // layer may wait for routed(), one a half.
+  void predicted(int32_t moe_layer, std::span<const int32_t> counts, std::span<const uint64_t> present);
   // The layer's turn has come. REQUIRES: before ExpertCache::routed().
   void routed(int32_t moe_layer, std::span<const int32_t> counts);
   bool wants_prediction(int32_t moe_layer) const;
@@ -40,12 +41,11 @@ class Prefetcher {
 
  private:
   static constexpr size_t kListMax = 512;
-  using Bits = std::vector<uint64_t>;
-  // A prediction that waits for routed(): the absent experts it named, and as many popular ones.
+  // A prediction that waits for routed(): the absent experts it named, and as many popular ones. 0: nothing to learn.
   struct Trial {
     int32_t count = 0;
-    Bits named;
-    Bits popular;
+    ExpertBits named;
+    ExpertBits popular;
   };
   struct Layer {
     std::array<Trial, 2> trials;  // oldest first
@@ -58,8 +58,9 @@ class Prefetcher {
     int64_t num_scored = 0;
   };
 
+  // The lookahead of the layer is trusted and named the first `count` of keys_.
+  void expect(int32_t moe_layer, int32_t count);
   void score(Layer& layer, const Trial& trial, std::span<const int32_t> counts);
-  void choose_popular(int32_t moe_layer, Trial& trial, FunctionRef<bool(int32_t expert)> absent);
   int32_t next_popular(FunctionRef<bool(int32_t expert)> absent);
 
   const ExpertIndex& index_;
@@ -74,10 +75,11 @@ class Prefetcher {
   size_t list_next_ = 0;
   std::vector<uint32_t> listed_;  // [experts]: the number of the list that named it last
   uint32_t list_number_ = 1;
-  int32_t popular_layer_ = 0;  // where next_popular() goes on
-  int32_t popular_left_ = 0;   // layers to look at before the next routed()
-  int64_t visits_streamed_;    // routed() calls since streamed()
-  std::vector<uint64_t> keys_;
+  int32_t popular_layer_ = 0;   // where next_popular() goes on
+  int32_t popular_left_ = 0;    // layers to look at before the next routed()
+  int64_t visits_streamed_;     // routed() calls since streamed()
+  std::vector<uint64_t> keys_;  // rows << 32 | expert
+  TopExperts top_;
 };
 
 }  // namespace moed

@@ -1,6 +1,7 @@
 #include "offload/ring.h"
 
 #include <algorithm>
+#include <bit>
 #include <string>
 #include <utility>
 
@@ -111,12 +112,18 @@ class Ring final : public ExpertRing {
 
  private:
   std::byte* data(int32_t slot) const { return memory_.data() + slot * stride_; }
+  std::span<uint64_t> present_of(int32_t moe_layer) {
+    const size_t words = num_words(index_.num_experts());
+    return std::span(present_).subspan(static_cast<size_t>(moe_layer) * words, words);
+  }
   Lease lease(int32_t slot);
   // Puts the slot into the list that it belongs to.
   void settle(int32_t slot);
   int32_t take_for_demand();
   int32_t take_for_prefetch();
   void evict(int32_t slot);
+  // The slot holds its expert no more.
+  void part(Slot& slot);
   void assign(int32_t slot, int32_t expert);
   void keep_if_wanted(int32_t expert);
   void unkeep(Slot& slot);
@@ -141,6 +148,7 @@ class Ring final : public ExpertRing {
   Buffer memory_;
   std::vector<Slot> slots_;
   std::vector<int32_t> slot_of_;     // [experts]; -1: absent
+  std::vector<uint64_t> present_;    // a row of bits a layer: those with a slot
   SlotList idle_;                    // pass through, free to be overwritten, the longest unused first
   SlotList ahead_;                   // pass through, nobody's, but somebody will ask for them or they are being filled
   SlotList demand_;                  // leased, to be copied
@@ -194,6 +202,7 @@ Ring::Ring(const ExpertStore& store, const ExpertIndex& index, Device& device, c
       pins_(config.pins),
       slots_(config.num_slots),
       slot_of_(index.size(), -1),
+      present_(index.num_layers() * num_words(index.num_experts())),
       idle_(slots_, 0),
       ahead_(slots_, 1),
       demand_(slots_, 2),
@@ -304,11 +313,15 @@ std::optional<Lease> Ring::acquire(ExpertId id) {
 void Ring::acquire_present(int32_t layer, std::vector<Lease>& leases) {
   if (!index_.has({layer, 0})) return;
   const int32_t first = index_.of({layer, 0});
-  for (int32_t expert = first; expert < first + index_.num_experts(); ++expert) {
-    const int32_t slot = slot_of_[expert];
-    if (slot < 0 || slots_[slot].fill < Fill::kSubmitted) continue;
-    leases.push_back(lease(slot));
-    settle(slot);
+  const std::span<const uint64_t> present = present_of(index_.moe_layer(layer));
+  for (size_t word = 0; word < present.size(); ++word) {
+    for (uint64_t bits = present[word]; bits != 0; bits &= bits - 1) {
+      const int32_t slot = slot_of_[first + static_cast<int32_t>(word) * 64 + std::countr_zero(bits)];
+      if (slots_[slot].fill < Fill::kSubmitted) continue;
+      leases.push_back(lease(slot));
+      slots_[slot].offered = true;
+      settle(slot);
+    }
   }
 }
 
@@ -346,8 +359,7 @@ void Ring::cancel(int32_t index) {
     return;
   }
   unkeep(slot);
-  slot_of_[slot.expert] = -1;
-  slot.expert = -1;
+  part(slot);
   slot.fill = Fill::kEmpty;
 }
 
@@ -392,7 +404,13 @@ void Ring::evict(int32_t index) {
   if (slot.fill == Fill::kArrived) ++stats_.evictions;
   if (slot.unused) ++stats_.prefetched_unused;
   leave_background(index);
+  part(slot);
+}
+
+void Ring::part(Slot& slot) {
   slot_of_[slot.expert] = -1;
+  clear_bit(present_of(slot.expert / index_.num_experts()), slot.expert % index_.num_experts());
+  slot.expert = -1;
 }
 
 void Ring::assign(int32_t index, int32_t expert) {
@@ -401,8 +419,9 @@ void Ring::assign(int32_t index, int32_t expert) {
   slot.expert = expert;
   slot.bytes_submitted = 0;
   slot.fill = Fill::kQueued;
-  slot.ahead = slot.unused = false;
+  slot.ahead = slot.offered = slot.unused = false;
   slot_of_[expert] = index;
+  set_bit(present_of(expert / index_.num_experts()), expert % index_.num_experts());
 }
 
 void Ring::keep_if_wanted(int32_t expert) {
@@ -422,13 +441,18 @@ void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
   MOED_CHECK(index_.has({layer, 0}) && static_cast<int32_t>(counts.size()) == index_.num_experts())
       << "layer " << layer << ", " << counts.size() << " counts";
   const int32_t first = index_.of({layer, 0});
-  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
-    const int32_t slot = slot_of_[first + expert];
-    if (slot < 0 || counts[expert] == 0) continue;
-    if (slots_[slot].leases > 0) ++stats_.hits;
-    slots_[slot].unused = false;
-  }
   const int32_t moe_layer = index_.moe_layer(layer);
+  const std::span<const uint64_t> present = present_of(moe_layer);
+  for (size_t word = 0; word < present.size(); ++word) {
+    for (uint64_t bits = present[word]; bits != 0; bits &= bits - 1) {
+      const int32_t expert = static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
+      Slot& slot = slots_[slot_of_[first + expert]];
+      const bool offered = std::exchange(slot.offered, false);
+      if (counts[expert] == 0) continue;
+      stats_.hits += offered ? 1 : 0;
+      slot.unused = false;
+    }
+  }
   prefetcher_.routed(moe_layer, counts);
   cache_.routed(moe_layer, counts);
   for (int32_t expert = cache_.missing(moe_layer, 0); expert >= 0; expert = cache_.missing(moe_layer, expert + 1)) {
@@ -442,7 +466,8 @@ void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
 void Ring::predicted(int32_t layer, std::span<const int32_t> counts) {
   MOED_CHECK(index_.has({layer, 0}) && static_cast<int32_t>(counts.size()) == index_.num_experts())
       << "layer " << layer << ", " << counts.size() << " counts";
-  prefetcher_.predicted(index_.moe_layer(layer), counts, [this](int32_t expert) { return slot_of_[expert] < 0; });
+  const int32_t moe_layer = index_.moe_layer(layer);
+  prefetcher_.predicted(moe_layer, counts, present_of(moe_layer));
 }
 
 bool Ring::wants_prediction(int32_t layer) const {

@@ -15,9 +15,10 @@ struct Slot {
   int64_t bytes_submitted = 0;
   Fill fill = Fill::kEmpty;
   bool resident = false;
-  bool kept = false;    // by the cache; neither resident nor kept: passes through
-  bool ahead = false;   // prefetched; it waits for somebody to lease it
-  bool unused = false;  // prefetched; no row has wanted it yet
+  bool kept = false;     // by the cache; neither resident nor kept: passes through
+  bool ahead = false;    // prefetched; it waits for somebody to lease it
+  bool offered = false;  // leased by acquire_present() since routed() last spoke of its layer
+  bool unused = false;   // prefetched; no row has wanted it yet
   // The list it is in, and its neighbours there.
   int8_t list = -1;
   int32_t previous = -1;

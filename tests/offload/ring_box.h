@@ -11,6 +11,7 @@
 #include "model/architectures.h"
 #include "offload/ring.h"
 #include "tests/model/checkpoint_writer.h"
+#include "tests/support/test_device.h"
 
 namespace moed {
 
@@ -27,8 +28,9 @@ class RingBox {
 
   explicit RingBox(const Shape& shape, const char* device_spec = "emulated", uint64_t seed = 0)
       : model(make_model(shape)), store(load(model)) {
-    StatusOr<std::unique_ptr<Device>> opened = open_device(
-        device_spec, {.num_threads = 1, .memory_gib = std::string(device_spec) == "cpu" ? 0.0 : 1.0, .seed = seed});
+    StatusOr<std::unique_ptr<Device>> opened =
+        open_device(test_device(device_spec),
+                    {.num_threads = 1, .memory_gib = std::string(device_spec) == "cpu" ? 0.0 : 1.0, .seed = seed});
     MOED_CHECK(opened.ok()) << opened.status().message();
     device = std::move(opened).value();
     reader = device->make_stream();

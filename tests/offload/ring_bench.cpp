@@ -1,0 +1,87 @@
+// What the ring costs the serving thread, on a device whose calls do nothing: 48 layers of 128 experts, 64 rows that
+// choose 8 each by Zipf's law, a quarter of the experts in device memory. An iteration is one layer.
+
+#include <benchmark/benchmark.h>
+
+#include "tests/offload/fake_device.h"
+#include "tests/offload/ring_box.h"
+#include "tests/offload/traces.h"
+
+namespace moed {
+namespace {
+
+constexpr int32_t kLayers = 48;
+constexpr int32_t kExperts = 128;
+
+struct Bench {
+  explicit Bench(int32_t rows) : box({.num_layers = kLayers, .num_experts = kExperts, .hidden = 8, .intermediate = 6}) {
+    box.device = std::make_unique<FakeDevice>(FakeDevice::Options{.copies = false}, std::move(box.device));
+    box.reader = box.device->make_stream();
+    ring = box.ring({.num_slots = kLayers * kExperts / 4, .staging_slots = 4, .resident = {}});
+    for (int32_t i = 0; i < kLayers; ++i) {
+      traces.push_back(zipf_trace({.num_experts = kExperts, .batch_rows = rows, .num_visits = 64}, 100 + i));
+    }
+    leases.reserve(kExperts);
+  }
+  // A layer as the engine runs it; of the misses, `streamed` are copied and the rest runs on the host.
+  void step(size_t streamed) {
+    const std::vector<int32_t>& experts = traces[layer][visit];
+    counts.assign(kExperts, 0);
+    for (const int32_t expert : experts) counts[expert] = 1;
+    ring->acquire_present(layer, leases);
+    for (const Lease& lease : leases) {
+      ring->order(lease, *box.reader);
+      present[lease.id().expert] = 1;
+    }
+    ring->retire(leases, *box.reader);
+    ring->pump();
+    if (ring->wants_prediction(layer)) ring->predicted(layer, counts);
+    ring->routed(layer, counts);
+    for (const int32_t expert : experts) {
+      if (streamed == 0) break;
+      if (present[expert] != 0) continue;
+      --streamed;
+      leases.push_back(std::move(*ring->acquire({layer, expert})));
+      ring->pump();
+      while (!ring->submitted(leases.back())) ring->wait();
+      ring->order(leases.back(), *box.reader);
+      ring->retire(leases, *box.reader);
+    }
+    ring->pump();
+    std::fill(present.begin(), present.end(), 0);
+    layer = (layer + 1) % kLayers;
+    if (layer == 0) visit = (visit + 1) % traces[0].size();
+  }
+
+  RingBox box;
+  std::unique_ptr<ExpertRing> ring;
+  std::vector<Trace> traces;
+  std::vector<Lease> leases;
+  std::vector<int32_t> counts;
+  std::vector<uint8_t> present = std::vector<uint8_t>(kExperts);
+  int32_t layer = 0;
+  size_t visit = 0;
+};
+
+void layer_cost(benchmark::State& state) {
+  Bench bench(static_cast<int32_t>(state.range(0)));
+  for (int i = 0; i < 64 * kLayers; ++i) bench.step(static_cast<size_t>(state.range(1)));
+  for (auto _ : state) bench.step(static_cast<size_t>(state.range(1)));
+  const RingStats stats = bench.ring->stats();
+  state.counters["hits"] = static_cast<double>(stats.hits);
+  state.counters["misses"] = static_cast<double>(stats.misses);
+  state.counters["prefetched"] = static_cast<double>(stats.prefetched);
+}
+
+BENCHMARK(layer_cost)
+    ->ArgNames({"rows", "streamed"})
+    ->Args({1, 8})
+    ->Args({64, 0})
+    ->Args({64, 8})
+    ->Args({64, 128})
+    ->Unit(benchmark::kMicrosecond);
+
+}  // namespace
+}  // namespace moed
+
+BENCHMARK_MAIN();
