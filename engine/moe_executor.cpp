@@ -325,10 +325,15 @@ bool MoeExecutor::stream_some(const Work& work) {
   // Not after an acquire() in vain: what it waits for is to be still under way when wait() looks.
   if (pending_.size() > num_leased) ring_->pump();
   submitted_.clear();
-  const auto waiting = std::stable_partition(pending_.begin(), pending_.end(),
-                                             [&](const Lease& lease) { return !ring_->submitted(lease); });
-  std::move(waiting, pending_.end(), std::back_inserter(submitted_));
-  pending_.erase(waiting, pending_.end());
+  size_t num_waiting = 0;
+  for (Lease& lease : pending_) {
+    if (ring_->submitted(lease)) {
+      submitted_.push_back(std::move(lease));
+    } else if (Lease& place = pending_[num_waiting++]; &place != &lease) {
+      place = std::move(lease);
+    }
+  }
+  pending_.resize(num_waiting);
   if (submitted_.empty()) return false;
   enqueue_leases(work, submitted_);
   return true;

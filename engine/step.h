@@ -15,8 +15,8 @@ using SequenceId = int64_t;
 enum class Pool : uint8_t { kHost, kDevice };
 
 // How one sequence's tokens are chosen. Checked by Request::make; constant while the sequence lives.
-// Order as in vLLM: allowed ids, bad words, bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Temperature 0:
-// the largest logit, ties to the lower id.
+// Order as in vLLM: allowed ids, bad words, bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Temperature
+// 0: the largest logit, ties to the lower id.
 struct SamplingParams {
   float temperature = 1.0F;
   int32_t top_k = 0;  // 0: all
@@ -26,9 +26,9 @@ struct SamplingParams {
   float frequency_penalty = 0.0F;   // generated tokens
   float repetition_penalty = 1.0F;  // prompt and generated tokens
   std::vector<std::pair<int32_t, float>> logit_bias;
-  std::vector<int32_t> allowed_token_ids;    // empty: all
+  std::vector<int32_t> allowed_token_ids;       // empty: all
   std::vector<std::vector<int32_t>> bad_words;  // none empty; a generated token never completes one
-  std::vector<int32_t> forbidden_until_min;  // EOS and stop ids: not sampled before min_tokens are generated
+  std::vector<int32_t> forbidden_until_min;     // EOS and stop ids: not sampled before min_tokens are generated
   int32_t min_tokens = 0;
   uint64_t seed = 0;          // token t of a sequence draws from (seed, t) alone
   int32_t num_logprobs = -1;  // -1: none; else the chosen token's and the best num_logprobs
