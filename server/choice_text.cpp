@@ -29,7 +29,10 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
   Delta delta;
   delta.choice = choice_;
   bool stopped = false;
-  if (event.has_token) ++num_tokens_;
+  if (event.has_token) {
+    ++num_tokens_;
+    unsent_ids_.push_back(event.token.token);
+  }
   // The token that ended the choice is no text, unless it was asked for.
   if (event.has_token && (event.stop_token < 0 || options_.include_stop)) {
     MOED_ASSIGN_OR_RETURN(std::string piece, detokenizer_.push(event.token.token));
@@ -60,6 +63,7 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
   // The first token shows that the answer has begun, even while its text is held.
   const bool begins = event.has_token && num_tokens_ == 1;
   if (begins || !delta.text.empty() || !delta.tokens.empty() || delta.finish != FinishReason::kNone) {
+    delta.token_ids = std::exchange(unsent_ids_, {});
     deltas.push_back(std::move(delta));
   }
   return stopped && event.finish == FinishReason::kNone;

@@ -55,6 +55,7 @@ class ChoiceText {
   Detokenizer detokenizer_;
   StopMatcher matcher_;
   std::deque<Held> held_;
+  std::vector<int32_t> unsent_ids_;
   int64_t produced_bytes_ = 0;
   int64_t released_bytes_ = 0;
   int32_t num_tokens_ = 0;

@@ -181,7 +181,7 @@ Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::v
   if (!begun_[choice]) {
     begun_[choice] = true;
     if (event.choice == 0) usage_.cached_tokens += event.num_cached_tokens;
-    if (valid_.echo || valid_.prompt_scores) {
+    if (valid_.echo || valid_.prompt_scores || valid_.prompt_ids) {
       if (deltas.size() == before) {
         deltas.emplace_back();
         deltas.back().choice = static_cast<int32_t>(choice);
@@ -197,6 +197,7 @@ Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::v
 void GenerationImpl::add_prompt(size_t prompt, Delta& delta) const {
   delta.has_prompt = true;
   delta.prompt_text = valid_.prompt_texts[prompt];
+  if (valid_.prompt_ids) delta.prompt_token_ids = valid_.requests[prompt].prompt;
   if (!valid_.prompt_scores) return;
   ScoredToken first;
   first.token = valid_.requests[prompt].prompt.front();

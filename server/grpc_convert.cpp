@@ -45,6 +45,7 @@ void read_sampling(const v1::SamplingOptions& from, GenerationParams& to) {
   to.logit_bias.assign(from.logit_bias().begin(), from.logit_bias().end());
   std::sort(to.logit_bias.begin(), to.logit_bias.end());  // a protobuf map has no order
   if (from.allowed_token_ids_size() > 0) to.allowed_token_ids = ids_of(from.allowed_token_ids());
+  to.bad_words.assign(from.bad_words().begin(), from.bad_words().end());
   if (from.has_logprobs()) to.logprobs = from.logprobs();
   if (from.has_prompt_logprobs()) to.prompt_logprobs = from.prompt_logprobs();
   if (from.has_truncate_prompt_tokens()) to.truncate_prompt_tokens = from.truncate_prompt_tokens();
@@ -223,10 +224,10 @@ bool make_chunk(const Delta& delta, const AnswerShape& shape, bool first, v1::Ch
 
 bool make_chunk(const Delta& delta, const AnswerShape& shape, bool first, v1::GenerateChunk& chunk) {
   const bool has_prompt = first && delta.has_prompt;
-  if (!has_prompt && delta.text.empty() && delta.tokens.empty() && delta.finish == FinishReason::kNone) return false;
+  if (!has_prompt && delta.text.empty() && delta.token_ids.empty() && delta.finish == FinishReason::kNone) return false;
   chunk.set_index(delta.choice);
   chunk.set_text(delta.text);
-  for (const TokenText& token : delta.tokens) chunk.add_token_ids(token.token);
+  chunk.mutable_token_ids()->Assign(delta.token_ids.begin(), delta.token_ids.end());
   if (shape.logprobs) fill_tokens(delta.tokens, shape.num_top, chunk.mutable_tokens());
   if (has_prompt && shape.echo) chunk.set_prompt_text(delta.prompt_text);
   if (has_prompt && shape.prompt_logprobs)

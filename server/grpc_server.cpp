@@ -5,6 +5,8 @@
 #include <grpcpp/health_check_service_interface.h>
 
 #include <algorithm>
+#include <boost/asio/io_context.hpp>
+#include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/thread_pool.hpp>
@@ -26,7 +28,7 @@ namespace {
 constexpr int kPumpThreads = 2;       // make messages of what generations have ready
 constexpr int kStreamsMax = 1024;     // calls at once on one connection
 constexpr int kKeepaliveMs = 20'000;  // a dead client is seen after about two of these
-constexpr size_t kIdBytesMax = 128;
+constexpr int kPortTries = 4;         // to find one that is free on both loopback addresses
 
 using Pool = boost::asio::thread_pool;
 using Strand = boost::asio::strand<Pool::executor_type>;
@@ -37,11 +39,11 @@ std::string fresh_id() {
 }
 
 // The client's own, if it may stand in a log line.
-std::string request_id(const std::string& given) {
-  const bool good =
-      !given.empty() && given.size() <= kIdBytesMax && std::all_of(given.begin(), given.end(), [](char c) {
-        return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '_' || c == '-';
-      });
+std::string request_id(const std::string& given, int64_t bytes_max) {
+  const bool good = !given.empty() && static_cast<int64_t>(given.size()) <= bytes_max &&
+                    std::all_of(given.begin(), given.end(), [](char c) {
+                      return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '_' || c == '-';
+                    });
   return good ? given : fresh_id();
 }
 
@@ -75,7 +77,6 @@ class Call : public std::enable_shared_from_this<Call> {
     self_ = shared_from_this();
     if (!params.ok()) return end(params.status());
     if (const Status known = service.check_model(params->model); !known.ok()) return end(known);
-    params->request_id = request_id(params->request_id);
     shape_ = shape_of(*params, service);
     // Under way on the strand: wakes wait behind it, so generation_ is set when the first is seen.
     post([this, &service, wanted = std::make_shared<GenerationParams>(std::move(params).value())] {
@@ -236,8 +237,8 @@ const char* state_name(ServerState state) {
 class InferenceService final : public v1::Inference::CallbackService {
  public:
   InferenceService(moed::Service& service,  // the base has a Service of its own
-                   int64_t json_depth_max)
-      : service_(service), json_depth_max_(json_depth_max), pool_(std::make_shared<Pool>(kPumpThreads)) {}
+                   const Settings::Limits& limits)
+      : service_(service), limits_(limits), pool_(std::make_shared<Pool>(kPumpThreads)) {}
   ~InferenceService() override { pool_->join(); }
 
  private:
@@ -246,18 +247,18 @@ class InferenceService final : public v1::Inference::CallbackService {
   grpc::ServerUnaryReactor* ChatCompletion(Context* context, const v1::ChatCompletionRequest* request,
                                            v1::ChatCompletionResponse* response) override {
     const auto call = std::make_shared<ChatCall>(pool_, "ChatCompletion", response);
-    call->start(service_, admit(*context, [&] { return to_params(*request, json_depth_max_); }));
+    call->start(service_, admit_generation(*context, [&] { return to_params(*request, limits_.json_depth_max); }));
     return call.get();
   }
   grpc::ServerWriteReactor<v1::ChatCompletionChunk>* StreamChatCompletion(
       Context* context, const v1::ChatCompletionRequest* request) override {
     const auto call = std::make_shared<StreamCall<v1::ChatCompletionChunk>>(pool_, "StreamChatCompletion");
-    call->start(service_, admit(*context, [&] { return to_params(*request, json_depth_max_); }));
+    call->start(service_, admit_generation(*context, [&] { return to_params(*request, limits_.json_depth_max); }));
     return call.get();
   }
   grpc::ServerWriteReactor<v1::GenerateChunk>* Generate(Context* context, const v1::GenerateRequest* request) override {
     const auto call = std::make_shared<StreamCall<v1::GenerateChunk>>(pool_, "Generate");
-    call->start(service_, admit(*context, [&] { return to_params(*request); }));
+    call->start(service_, admit_generation(*context, [&] { return to_params(*request); }));
     return call.get();
   }
 
@@ -338,6 +339,12 @@ class InferenceService final : public v1::Inference::CallbackService {
     return convert();
   }
   template <class F>
+  StatusOr<GenerationParams> admit_generation(const Context& context, F convert) const {
+    StatusOr<GenerationParams> params = admit(context, convert);
+    if (params.ok()) params->request_id = request_id(params->request_id, limits_.request_id_bytes_max);
+    return params;
+  }
+  template <class F>
   grpc::ServerUnaryReactor* answer(Context& context, F fill) const {
     const Status status = authorize(context);
     if (status.ok()) fill();
@@ -347,42 +354,82 @@ class InferenceService final : public v1::Inference::CallbackService {
   }
 
   moed::Service& service_;
-  const int64_t json_depth_max_;
+  const Settings::Limits limits_;
   const std::shared_ptr<Pool> pool_;
 };
 
 }  // namespace
 
 struct GrpcServer::State {
-  State(Service& service, int64_t json_depth_max) : inference(service, json_depth_max) {}
+  State(Service& service, const Settings& settings) : inference(service, settings.limits) {}
   InferenceService inference;
   std::unique_ptr<grpc::Server> server;
   int port = 0;
+
+  // `also`: a second address, or empty. False: they cannot be had.
+  bool listen(const Settings::Limits& limits, const std::string& where, const std::string& also);
 };
 
-StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::start(const Settings& settings, Service& service) {
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  auto state = std::make_unique<State>(service, settings.limits.json_depth_max);
-  const std::string& host = settings.server.host;
-  const std::string where =
-      (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(settings.server.grpc_port);
+bool GrpcServer::State::listen(const Settings::Limits& limits, const std::string& where, const std::string& also) {
   grpc::ServerBuilder builder;
-  builder.AddListeningPort(where, grpc::InsecureServerCredentials(), &state->port);
-  builder.RegisterService(&state->inference);
-  builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(settings.limits.body_bytes_max, INT32_MAX)));
+  builder.AddListeningPort(where, grpc::InsecureServerCredentials(), &port);
+  if (!also.empty()) builder.AddListeningPort(also, grpc::InsecureServerCredentials());
+  builder.RegisterService(&inference);
+  builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(limits.body_bytes_max, INT32_MAX)));
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsMax);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveMs);
-  state->server = builder.BuildAndStart();
-  if (state->server == nullptr || state->port == 0) {
-    return Status(StatusCode::kUnavailable, "cannot listen on " + where + " for gRPC: is the port in use?",
-                  "grpc_port");
+  server = builder.BuildAndStart();
+  return server != nullptr && port != 0;
+}
+
+namespace {
+
+std::string address_of(const std::string& host, int port) {
+  return (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(port);
+}
+
+// Whether ::1 may be listened on at `port`; 0 is replaced by a port that is free on both loopback addresses, so that
+// both get the same. Another process may take it in between: then the listener says so.
+bool claim_loopback_v6(int& port) {
+  using boost::asio::ip::tcp;
+  boost::asio::io_context context;
+  boost::system::error_code error;
+  const auto bind = [&](tcp::acceptor& acceptor, const tcp::endpoint& endpoint) {
+    acceptor.open(endpoint.protocol(), error);
+    if (!error) acceptor.set_option(tcp::acceptor::reuse_address(true), error);
+    if (!error) acceptor.bind(endpoint, error);
+    return !error;
+  };
+  tcp::acceptor v4(context);
+  if (port == 0 && !bind(v4, {boost::asio::ip::address_v4::loopback(), 0})) return false;
+  const uint16_t wanted = port == 0 ? v4.local_endpoint(error).port() : static_cast<uint16_t>(port);
+  tcp::acceptor v6(context);
+  if (!bind(v6, {boost::asio::ip::address_v6::loopback(), wanted})) return false;
+  port = wanted;
+  return true;
+}
+
+}  // namespace
+
+StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::start(const Settings& settings, Service& service) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  const std::string host = settings.server.host == "localhost" ? "127.0.0.1" : settings.server.host;
+  const int wanted = static_cast<int>(settings.server.grpc_port);
+  for (int tried = 0; tried < (wanted == 0 ? kPortTries : 1); ++tried) {
+    auto state = std::make_unique<State>(service, settings);
+    // Clients that say "localhost" may try ::1 first, as on the HTTP door.
+    int port = wanted;
+    const bool also_v6 = host == "127.0.0.1" && claim_loopback_v6(port);
+    if (!state->listen(settings.limits, address_of(host, port), also_v6 ? address_of("::1", port) : "")) continue;
+    std::unique_ptr<GrpcServer> server(new GrpcServer(std::move(state)));
+    server->set_serving(false);
+    return server;
   }
-  std::unique_ptr<GrpcServer> server(new GrpcServer(std::move(state)));
-  server->set_serving(false);
-  return server;
+  return Status(StatusCode::kUnavailable,
+                "cannot listen on " + address_of(host, wanted) + " for gRPC: is the port in use?", "grpc_port");
 }
 
 GrpcServer::GrpcServer(std::unique_ptr<State> state) : state_(std::move(state)) {}

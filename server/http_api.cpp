@@ -16,7 +16,6 @@ namespace moed {
 
 namespace {
 
-constexpr size_t kIdBytesMax = 128;
 constexpr size_t kUnknownFieldsMax = 256;  // names remembered, and so log lines
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
@@ -67,8 +66,8 @@ bool is_json(std::string_view content_type) {
   return type == "application/json";
 }
 
-bool is_request_id(std::string_view id) {
-  return !id.empty() && id.size() <= kIdBytesMax && std::all_of(id.begin(), id.end(), [](char c) {
+bool is_request_id(std::string_view id, int64_t bytes_max) {
+  return !id.empty() && static_cast<int64_t>(id.size()) <= bytes_max && std::all_of(id.begin(), id.end(), [](char c) {
     return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
            c == '-';
   });
@@ -128,6 +127,7 @@ class GenerationTask : public HttpTask {
     call_.params.logprobs = params.logprobs;
     call_.params.prompt_logprobs = params.prompt_logprobs;
     call_.params.stop_token_ids = params.stop_token_ids;
+    call_.params.return_token_ids = params.return_token_ids;
     generation_ = service.start(std::move(params), std::move(wake));
   }
 
@@ -199,11 +199,14 @@ bool GenerationTask::read(std::string& out) {
 }  // namespace
 
 HttpApi::HttpApi(Service& service, const Settings& settings)
-    : service_(service), json_depth_max_(settings.limits.json_depth_max), cors_origin_(settings.server.cors_origin) {}
+    : service_(service),
+      json_depth_max_(settings.limits.json_depth_max),
+      request_id_bytes_max_(settings.limits.request_id_bytes_max),
+      cors_origin_(settings.server.cors_origin) {}
 
 std::optional<HttpReply> HttpApi::admit(HttpRequest& request) {
   const std::string_view given = request.header("x-request-id");
-  request.id = is_request_id(given) ? std::string(given) : fresh_id();
+  request.id = is_request_id(given, request_id_bytes_max_) ? std::string(given) : fresh_id();
   const Route* const route = find_route(request.path);
   if (route == nullptr) return error_reply(404, "there is no such path");
   if (request.method == "OPTIONS" && !cors_origin_.empty()) return preflight(request);
@@ -235,8 +238,13 @@ std::unique_ptr<HttpTask> HttpApi::handle(HttpRequest request, std::function<voi
 std::unique_ptr<HttpTask> HttpApi::generate(const HttpRequest& request, bool chat, std::function<void()> wake) {
   auto call = chat ? parse_chat_request(request.body, json_depth_max_)
                    : parse_completion_request(request.body, json_depth_max_);
-  if (!call.ok()) return ready(error_reply(call.status()));
-  if (const Status known = service_.check_model(call->params.model); !known.ok()) return ready(error_reply(known));
+  Status status = call.status();
+  if (status.ok()) status = service_.check_model(call->params.model);
+  if (!status.ok()) {
+    spdlog::info("request id={} outcome=refused status={} field={}", request.id, http_status_of(status.code()),
+                 status.param());
+    return ready(error_reply(status));
+  }
   log_unknown_fields(call->unknown_fields);
   AnswerHead head{(chat ? "chatcmpl-" : "cmpl-") + request.id, unix_seconds(), call->params.model};
   if (head.model.empty()) {

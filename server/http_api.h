@@ -37,6 +37,7 @@ class HttpApi : public HttpHandler {
 
   Service& service_;
   const int64_t json_depth_max_;
+  const int64_t request_id_bytes_max_;
   const std::vector<std::string> cors_origin_;
   std::mutex mutex_;
   std::set<std::string> unknown_fields_;  // named in the log already; under mutex_

@@ -18,6 +18,7 @@
 #include <mutex>
 #include <set>
 #include <thread>
+#include <utility>
 
 #include "base/log.h"
 #include "server/http_wire.h"
@@ -57,9 +58,35 @@ struct Shared {
   HttpHandler* handler = nullptr;
   asio::thread_pool workers{1};
   std::atomic<bool> closing{false};
+  std::atomic<int64_t> reading_bytes{0};  // held by bodies that are being received or parsed
   std::mutex mutex;
   std::condition_variable none_left;
   std::set<Connection*> connections;  // under mutex
+};
+
+// The share of Shared::reading_bytes that one body holds.
+class BodyShare {
+ public:
+  explicit BodyShare(Shared& shared) : shared_(shared) {}
+  ~BodyShare() { release(); }
+  BodyShare(const BodyShare&) = delete;
+  BodyShare& operator=(const BodyShare&) = delete;
+
+  // False, holding as much as before, when all bodies together would hold more than the limit.
+  bool grow_to(int64_t bytes) {
+    const int64_t more = bytes - bytes_;
+    if (shared_.reading_bytes.fetch_add(more) + more > shared_.options.reading_bytes_max) {
+      shared_.reading_bytes -= more;
+      return false;
+    }
+    bytes_ = bytes;
+    return true;
+  }
+  void release() { shared_.reading_bytes -= std::exchange(bytes_, 0); }
+
+ private:
+  Shared& shared_;
+  int64_t bytes_ = 0;
 };
 
 // Lets any thread wake the coroutine of one answer. Outlives the connection: a late wake does nothing.
@@ -101,6 +128,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
       : stream_(std::move(socket)),
         context_(std::move(context)),
         shared_(shared),
+        body_share_(shared),
         buffer_(static_cast<size_t>(shared.options.header_bytes_max) + 2 * kPipelineBytes) {
     const std::lock_guard lock(shared_.mutex);
     shared_.connections.insert(this);
@@ -127,6 +155,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   awaitable<Next> serve_one();
   awaitable<bool> wait_for_request();
   awaitable<Next> read_body(Parser& parser, HttpRequest& request);
+  awaitable<error_code> receive_body(Parser& parser);
   awaitable<Next> refuse(int status, std::string message, const HttpRequest* request);
   awaitable<Next> answer(HttpRequest request);
   awaitable<bool> pump(HttpTask& task, const HttpRequest& request, Waker& waker);
@@ -140,11 +169,19 @@ class Connection : public std::enable_shared_from_this<Connection> {
   beast::tcp_stream stream_;
   std::shared_ptr<asio::io_context> context_;
   Shared& shared_;
+  BodyShare body_share_;
   beast::flat_buffer buffer_;
   bool busy_ = false;
   bool keep_alive_ = false;  // of the request under way
   bool http_1_0_ = false;
 };
+
+// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: a cancellation comes
+// once.
+awaitable<bool> is_cancelled() {
+  const asio::cancellation_state state = co_await asio::this_coro::cancellation_state;
+  co_return state.cancelled() != asio::cancellation_type::none;
+}
 
 awaitable<void> Connection::run(bool over_limit) {
   co_await asio::this_coro::throw_if_cancelled(false);
@@ -230,11 +267,17 @@ awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& r
   }
   asio::steady_timer deadline(stream_.get_executor(), seconds(options.body_seconds));
   stream_.expires_never();
-  auto outcome = co_await (http::async_read(stream_, buffer_, parser, kTuple) || deadline.async_wait(kTuple));
+  auto outcome = co_await (receive_body(parser) || deadline.async_wait(kTuple));
   if (outcome.index() == 1) {
+    body_share_.release();
     co_return co_await refuse(408, "the request's body did not arrive within body_seconds", &request);
   }
-  const error_code error = std::get<0>(std::get<0>(outcome));
+  const error_code error = std::get<0>(outcome);
+  if (error) body_share_.release();
+  if (error == asio::error::no_buffer_space) {
+    co_return co_await refuse(429, "too many bytes of requests are being received at once (limits.reading_bytes_max)",
+                              &request);
+  }
   if (error == http::error::body_limit) co_return co_await refuse(413, too_long, &request);
   if (error.category() == make_error_code(http::error::bad_method).category() &&
       error != http::error::partial_message && error != http::error::end_of_stream) {
@@ -243,6 +286,20 @@ awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& r
   if (error) co_return Next::kClose;
   request.body = std::move(parser.get().body());
   co_return Next::kRequest;
+}
+
+// What has arrived counts, not what was announced: a client that sends nothing holds nothing.
+awaitable<error_code> Connection::receive_body(Parser& parser) {
+  co_await asio::this_coro::throw_if_cancelled(false);
+  while (!parser.is_done()) {
+    const auto [error, count] = co_await http::async_read_some(stream_, buffer_, parser, kTuple);
+    if (error) co_return error;
+    if (co_await is_cancelled()) co_return make_error_code(asio::error::operation_aborted);
+    if (!body_share_.grow_to(static_cast<int64_t>(parser.get().body().size()))) {
+      co_return make_error_code(asio::error::no_buffer_space);
+    }
+  }
+  co_return error_code();
 }
 
 awaitable<Connection::Next> Connection::refuse(int status, std::string message, const HttpRequest* request) {
@@ -268,17 +325,11 @@ awaitable<Connection::Next> Connection::answer(HttpRequest request) {
   } else {
     task = shared_.handler->handle(std::move(request), wake);
   }
+  body_share_.release();
   auto outcome = co_await (pump(*task, head, *waker) || client_gone());
   const bool complete = outcome.index() == 0 && std::get<0>(outcome);
   task.reset();
   co_return complete&& keep_alive() ? Next::kRequest : Next::kClose;
-}
-
-// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: a cancellation comes
-// once.
-awaitable<bool> is_cancelled() {
-  const asio::cancellation_state state = co_await asio::this_coro::cancellation_state;
-  co_return state.cancelled() != asio::cancellation_type::none;
 }
 
 awaitable<bool> Connection::pump(HttpTask& task, const HttpRequest& request, Waker& waker) {

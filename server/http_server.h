@@ -75,7 +75,8 @@ struct HttpServerOptions {
   int port = 0;                    // 0: any free one
   int num_threads = 2;
   int64_t body_bytes_max = 32 << 20;
-  int64_t connections_max = 4096;  // more are answered 503 and closed
+  int64_t reading_bytes_max = 256 << 20;  // of all bodies being received or parsed; a request beyond is answered 429
+  int64_t connections_max = 4096;         // more are answered 503 and closed
   int64_t header_bytes_max = 32 << 10;
   double header_seconds = 10;  // from the first byte of a request to the end of its head
   double body_seconds = 30;    // of the whole body

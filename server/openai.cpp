@@ -28,18 +28,23 @@ void refuse_true(BodyFields& fields, std::initializer_list<const char*> names) {
   }
 }
 
+void read_strings(BodyFields& fields, const char* name, const char* wanted, std::vector<std::string>& target) {
+  const WireJson* const value = fields.find(name);
+  if (value == nullptr) return;
+  if (!value->is_array()) return fields.fail(name, wanted);
+  for (const WireJson& item : *value) {
+    if (!item.is_string()) return fields.fail(name, wanted);
+    target.push_back(item.get<std::string>());
+  }
+}
+
 void read_stop(BodyFields& fields, std::vector<std::string>& stop) {
   const WireJson* const value = fields.find("stop");
-  if (value == nullptr) return;
-  if (value->is_string()) {
+  if (value != nullptr && value->is_string()) {
     stop.push_back(value->get<std::string>());
     return;
   }
-  if (!value->is_array()) return fields.fail("stop", "must be a string or an array of strings");
-  for (const WireJson& item : *value) {
-    if (!item.is_string()) return fields.fail("stop", "must be a string or an array of strings");
-    stop.push_back(item.get<std::string>());
-  }
+  read_strings(fields, "stop", "must be a string or an array of strings", stop);
 }
 
 void read_logit_bias(BodyFields& fields, std::vector<std::pair<int64_t, double>>& bias) {
@@ -103,6 +108,8 @@ void read_common(BodyFields& fields, OpenAiCall& call) {
   fields.read("priority", params.priority);
   fields.read("prompt_logprobs", params.prompt_logprobs);
   read_logit_bias(fields, params.logit_bias);
+  read_strings(fields, "bad_words", "must be an array of strings", params.bad_words);
+  fields.read("return_token_ids", params.return_token_ids);
   if (fields.find("allowed_token_ids") != nullptr) {
     std::vector<int64_t> allowed;
     fields.read("allowed_token_ids", allowed);
@@ -111,10 +118,9 @@ void read_common(BodyFields& fields, OpenAiCall& call) {
   read_stream(fields, call);
   read_response_format(fields);
   if (call.stream && params.prompt_logprobs) fields.fail("prompt_logprobs", "cannot be streamed");
-  refuse_true(fields, {"use_beam_search", "return_token_ids", "return_tokens_as_token_ids"});
-  refuse_present(
-      fields, {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structural_tag",
-               "json_schema", "grammar", "bad_words", "logits_processors", "kv_transfer_params"});
+  refuse_true(fields, {"use_beam_search", "return_tokens_as_token_ids"});
+  refuse_present(fields, {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+                          "structural_tag", "json_schema", "grammar", "logits_processors", "kv_transfer_params"});
   for (const char* const name : {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
                                  "request_id", "spaces_between_special_tokens"}) {
     fields.ignore(name);

@@ -146,9 +146,11 @@ void PlainAnswer::add(const Delta& delta) {
   if (delta.has_prompt) {
     if (call_.params.echo) choice.text = delta.prompt_text;
     choice.prompt_tokens = delta.prompt_tokens;
+    choice.prompt_token_ids = delta.prompt_token_ids;
   }
   choice.text += delta.text;
   choice.tokens.insert(choice.tokens.end(), delta.tokens.begin(), delta.tokens.end());
+  choice.token_ids.insert(choice.token_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
   if (delta.finish != FinishReason::kNone) {
     choice.finish = delta.finish;
     choice.stop_text = delta.stop_text;
@@ -165,6 +167,7 @@ WireJson PlainAnswer::chat_choice(int32_t index, const Choice& choice) const {
   out["logprobs"] = call_.params.logprobs ? chat_logprobs(choice.tokens, *call_.params.logprobs) : WireJson();
   out["finish_reason"] = finish_json(choice.finish);
   out["stop_reason"] = stop_reason_json(choice.stop_text, choice.stop_token, call_);
+  if (call_.params.return_token_ids) out["token_ids"] = choice.token_ids;
   return out;
 }
 
@@ -184,6 +187,10 @@ WireJson PlainAnswer::completion_choice(int32_t index, const Choice& choice) con
   if (call_.params.prompt_logprobs) {
     out["prompt_logprobs"] = prompt_logprobs(choice.prompt_tokens, *call_.params.prompt_logprobs);
   }
+  if (call_.params.return_token_ids) {
+    out["prompt_token_ids"] = choice.prompt_token_ids;
+    out["token_ids"] = choice.token_ids;
+  }
   return out;
 }
 
@@ -201,17 +208,22 @@ std::string PlainAnswer::json(const Usage& usage, int32_t num_choices) const {
   if (chat && call_.params.prompt_logprobs && !choices_.empty()) {
     out["prompt_logprobs"] = prompt_logprobs(choices_.begin()->second.prompt_tokens, *call_.params.prompt_logprobs);
   }
+  if (chat && call_.params.return_token_ids && !choices_.empty()) {
+    out["prompt_token_ids"] = choices_.begin()->second.prompt_token_ids;
+  }
   return dump_json(out);
 }
 
 StreamAnswer::Choice& StreamAnswer::choice(int32_t index) {
-  return choices_.try_emplace(index, Choice{false, CompletionLogprobs(call_.params.logprobs.value_or(0))})
+  return choices_.try_emplace(index, Choice{false, CompletionLogprobs(call_.params.logprobs.value_or(0)), {}, {}})
       .first->second;
 }
 
-void StreamAnswer::event(WireJson choices, const WireJson& usage, std::string& out) const {
+void StreamAnswer::event(WireJson choices, const WireJson& usage, std::string& out,
+                         const std::vector<int32_t>* prompt_ids) const {
   WireJson json =
       answer_json(head_, call_.params.chat ? "chat.completion.chunk" : "text_completion", std::move(choices));
+  if (prompt_ids != nullptr) json["prompt_token_ids"] = *prompt_ids;
   if (call_.include_usage || call_.continuous_usage) json["usage"] = usage;
   out += "data: ";
   out += dump_json(json);
@@ -231,37 +243,39 @@ void StreamAnswer::add(const Delta& delta, const Usage& usage, std::string& out)
 
 void StreamAnswer::add_chat(const Delta& delta, const WireJson& usage, std::string& out) {
   Choice& state = choice(delta.choice);
-  const auto send = [&](WireJson content, WireJson logprobs, WireJson finish, WireJson stop) {
-    WireJson choice_json = WireJson::object();
-    choice_json["index"] = delta.choice;
-    choice_json["delta"] = std::move(content);
-    choice_json["logprobs"] = std::move(logprobs);
-    choice_json["finish_reason"] = std::move(finish);
-    if (!stop.is_null()) choice_json["stop_reason"] = std::move(stop);
-    WireJson choices = WireJson::array();
-    choices.push_back(std::move(choice_json));
-    event(std::move(choices), usage, out);
+  const bool with_ids = call_.params.return_token_ids;
+  const auto choice_json = [&](WireJson content, WireJson logprobs, WireJson finish) {
+    WireJson json = WireJson::object();
+    json["index"] = delta.choice;
+    json["delta"] = std::move(content);
+    json["logprobs"] = std::move(logprobs);
+    json["finish_reason"] = std::move(finish);
+    return json;
   };
   const bool has_scores = call_.params.logprobs.has_value() && !delta.tokens.empty();
-  const bool has_end = delta.finish != FinishReason::kNone;
-  const bool has_content = !delta.text.empty() || has_scores;
   if (!state.begun) {  // with the first token, even while its text is held
     state.begun = true;
     WireJson first = WireJson::object();
     first["role"] = "assistant";
     first["content"] = "";
-    send(std::move(first), nullptr, nullptr, nullptr);
+    event(WireJson::array({choice_json(std::move(first), nullptr, nullptr)}), usage, out,
+          with_ids ? &delta.prompt_token_ids : nullptr);
   }
-  if (has_content) {
+  state.unsent_ids.insert(state.unsent_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
+  if (!delta.text.empty() || has_scores) {
     WireJson content = WireJson::object();
     content["content"] = delta.text;
-    send(std::move(content), has_scores ? chat_logprobs(delta.tokens, *call_.params.logprobs) : WireJson(), nullptr,
-         nullptr);
+    WireJson scores = has_scores ? chat_logprobs(delta.tokens, *call_.params.logprobs) : WireJson();
+    WireJson json = choice_json(std::move(content), std::move(scores), nullptr);
+    if (with_ids) json["token_ids"] = std::exchange(state.unsent_ids, {});
+    event(WireJson::array({std::move(json)}), usage, out);
   }
-  if (has_end) {
-    send(WireJson::object(), nullptr, finish_json(delta.finish),
-         stop_reason_json(delta.stop_text, delta.stop_token, call_));
-  }
+  if (delta.finish == FinishReason::kNone) return;
+  WireJson json = choice_json(WireJson::object(), nullptr, finish_json(delta.finish));
+  WireJson stop = stop_reason_json(delta.stop_text, delta.stop_token, call_);
+  if (!stop.is_null()) json["stop_reason"] = std::move(stop);
+  if (with_ids) json["token_ids"] = std::exchange(state.unsent_ids, {});
+  event(WireJson::array({std::move(json)}), usage, out);
 }
 
 void StreamAnswer::add_completion(const Delta& delta, const WireJson& usage, std::string& out) {
@@ -271,6 +285,9 @@ void StreamAnswer::add_completion(const Delta& delta, const WireJson& usage, std
       call_.params.logprobs.has_value() && !(delta.tokens.empty() && !(echo && !delta.prompt_tokens.empty()));
   const bool has_end = delta.finish != FinishReason::kNone;
   const std::string text = echo ? delta.prompt_text + delta.text : delta.text;
+  const bool with_ids = call_.params.return_token_ids;
+  if (with_ids && delta.has_prompt) state.prompt_ids = delta.prompt_token_ids;
+  state.unsent_ids.insert(state.unsent_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
   if (text.empty() && !has_scores && !has_end) return;
   WireJson choice_json = WireJson::object();
   choice_json["index"] = delta.choice;
@@ -283,6 +300,10 @@ void StreamAnswer::add_completion(const Delta& delta, const WireJson& usage, std
   }
   choice_json["finish_reason"] = finish_json(delta.finish);
   choice_json["stop_reason"] = has_end ? stop_reason_json(delta.stop_text, delta.stop_token, call_) : WireJson();
+  if (with_ids) {
+    if (!state.prompt_ids.empty()) choice_json["prompt_token_ids"] = std::exchange(state.prompt_ids, {});
+    choice_json["token_ids"] = std::exchange(state.unsent_ids, {});
+  }
   WireJson choices = WireJson::array();
   choices.push_back(std::move(choice_json));
   event(std::move(choices), usage, out);

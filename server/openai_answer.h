@@ -47,6 +47,7 @@ class PlainAnswer {
   struct Choice {
     std::string text;
     std::vector<TokenText> tokens, prompt_tokens;
+    std::vector<int32_t> token_ids, prompt_token_ids;
     FinishReason finish = FinishReason::kNone;
     std::string stop_text;
     int32_t stop_token = -1;
@@ -70,11 +71,14 @@ class StreamAnswer {
  private:
   void add_chat(const Delta& delta, const WireJson& usage, std::string& out);
   void add_completion(const Delta& delta, const WireJson& usage, std::string& out);
-  void event(WireJson choices, const WireJson& usage, std::string& out) const;
+  // `prompt_ids`: beside the choices, as chats have them; may be null.
+  void event(WireJson choices, const WireJson& usage, std::string& out,
+             const std::vector<int32_t>* prompt_ids = nullptr) const;
 
   struct Choice {
     bool begun = false;
     CompletionLogprobs logprobs;
+    std::vector<int32_t> unsent_ids, prompt_ids;  // with return_token_ids: for the choice's next event
   };
   Choice& choice(int32_t index);
 

@@ -87,6 +87,7 @@ HttpServerOptions http_options(const Settings& settings) {
   options.host = settings.server.host;
   options.port = static_cast<int>(settings.server.http_port);
   options.body_bytes_max = settings.limits.body_bytes_max;
+  options.reading_bytes_max = settings.limits.reading_bytes_max;
   options.connections_max = settings.limits.connections_max;
   options.header_bytes_max = settings.limits.header_bytes_max;
   options.header_seconds = settings.limits.header_seconds;

@@ -47,9 +47,11 @@ struct GenerationParams {
   bool skip_special_tokens = true;
   std::vector<std::pair<int64_t, double>> logit_bias;
   std::optional<std::vector<int64_t>> allowed_token_ids;
+  std::vector<std::string> bad_words;
   std::optional<int64_t> logprobs;         // unset: none; else how many alternatives beside the chosen token
   std::optional<int64_t> prompt_logprobs;  // the same for prompt tokens; does not read the prefix cache
-  bool echo = false;  // completions: the prompt's text (and scores, when logprobs is set) comes first
+  bool echo = false;              // completions: the prompt's text (and scores, when logprobs is set) comes first
+  bool return_token_ids = false;  // deltas carry the prompt's ids
   int64_t priority = 0;
 };
 
@@ -72,13 +74,17 @@ struct Delta {
   int32_t choice = 0;             // prompt index * n + i
   std::string text;               // complete UTF-8
   std::vector<TokenText> tokens;  // those whose text this is
-  int32_t num_tokens = 0;         // accepted so far for this choice, held ones included: for continuous usage
+  // Accepted since the choice's last delta, whatever became of their text: held ones, the stop token, those behind a
+  // cut.
+  std::vector<int32_t> token_ids;
+  int32_t num_tokens = 0;  // accepted so far for this choice, held ones included: for continuous usage
   FinishReason finish = FinishReason::kNone;  // the choice's last delta
   std::string stop_text;                      // the stop string that ended it, or empty
   int32_t stop_token = -1;                    // the stop token id that ended it, or -1
-  bool has_prompt = false;                    // the first delta of a choice when echo or prompt_logprobs was asked for
+  bool has_prompt = false;  // the first delta of a choice when echo, prompt_logprobs or return_token_ids was asked for
   std::string prompt_text;
   std::vector<TokenText> prompt_tokens;
+  std::vector<int32_t> prompt_token_ids;  // with return_token_ids
 };
 
 struct Usage {

@@ -69,12 +69,16 @@ struct Settings {
     int64_t n_max = 64;
     int64_t prompts_max = 1024;  // prompts in one completions request
     int64_t stop_max = 16;
-    int64_t stop_bytes_max = 1024;  // of one stop string
+    int64_t stop_bytes_max = 1024;  // of one stop string, or one of bad_words
+    int64_t stop_token_ids_max = 64;
+    int64_t bad_words_max = 64;
     int64_t top_logprobs_max = 20;
     int64_t logit_bias_max = 1024;
     int64_t json_depth_max = 64;
     int64_t connections_max = 4096;
     int64_t header_bytes_max = 32ll << 10;
+    int64_t reading_bytes_max = 256ll << 20;  // of all bodies that are being received or parsed
+    int64_t request_id_bytes_max = 128;
     int64_t queued_text_bytes_max = 256ll << 20;  // held by requests whose text waits to be templated and tokenised
     double header_seconds = 10;
     double body_seconds = 30;

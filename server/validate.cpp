@@ -134,6 +134,34 @@ Status check_stops(const GenerationParams& params, const Settings::Limits& limit
   return Status();
 }
 
+// As vLLM does it: a word is banned at the beginning of a text and, where that is one word as well, behind a space.
+Status fill_bad_words(const GenerationParams& params, const ValidationContext& context, SamplingParams& sampling) {
+  const Settings::Limits& limits = context.limits;
+  if (static_cast<int64_t>(params.bad_words.size()) > limits.bad_words_max) {
+    return invalid_argument("bad_words holds " + std::to_string(params.bad_words.size()) + " words, the limit is " +
+                                std::to_string(limits.bad_words_max) + " (limits.bad_words_max)",
+                            "bad_words");
+  }
+  for (const std::string& given : params.bad_words) {
+    const std::string word = given.substr(std::min(given.find_first_not_of(" \t\r\n"), given.size()));
+    if (word.empty()) return invalid_argument("bad_words must not hold an empty word", "bad_words");
+    if (static_cast<int64_t>(given.size()) > limits.stop_bytes_max) {
+      return invalid_argument("a word of bad_words has " + std::to_string(given.size()) + " bytes, the limit is " +
+                                  std::to_string(limits.stop_bytes_max) + " (limits.stop_bytes_max)",
+                              "bad_words");
+    }
+    MOED_ASSIGN_OR_RETURN(std::vector<int32_t> alone, context.tokenizer->encode(word, /*add_special_tokens=*/false));
+    MOED_ASSIGN_OR_RETURN(std::vector<int32_t> spaced,
+                          context.tokenizer->encode(" " + word, /*add_special_tokens=*/false));
+    if (alone.empty()) continue;
+    if (spaced.size() == alone.size() && spaced.front() != alone.front()) {
+      sampling.bad_words.push_back(std::move(spaced));
+    }
+    sampling.bad_words.push_back(std::move(alone));
+  }
+  return Status();
+}
+
 Status context_overflow(int64_t prompt_tokens, int64_t new_tokens, int32_t max_model_len, const char* field) {
   return Status(StatusCode::kInvalidArgument,
                 "This model's maximum context length is " + std::to_string(max_model_len) +
@@ -317,6 +345,7 @@ RequestLimits request_limits(const ValidationContext& context) {
       context.limits.new_tokens_max > 0 ? static_cast<int32_t>(context.limits.new_tokens_max) : context.max_model_len;
   limits.logprobs_max = static_cast<int32_t>(context.limits.top_logprobs_max);
   limits.logit_bias_max = static_cast<int32_t>(context.limits.logit_bias_max);
+  limits.stop_token_ids_max = static_cast<int32_t>(context.limits.stop_token_ids_max);
   return limits;
 }
 
@@ -328,6 +357,7 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
   common.priority = static_cast<int32_t>(params.priority);
   MOED_RETURN_IF_ERROR(fill_sampling(params, context, common.sampling));
   MOED_RETURN_IF_ERROR(check_stops(params, context.limits));
+  MOED_RETURN_IF_ERROR(fill_bad_words(params, context, common.sampling));
   for (const int64_t token : params.stop_token_ids) {
     MOED_RETURN_IF_ERROR(check_range("stop_token_ids", token, 0, context.vocab_size - 1));
     common.stop_token_ids.push_back(static_cast<int32_t>(token));
@@ -337,6 +367,7 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
 
   ValidGeneration valid;
   valid.echo = params.echo;
+  valid.prompt_ids = params.return_token_ids;
   valid.prompt_scores = params.prompt_logprobs.has_value() || (params.echo && params.logprobs.has_value());
   valid.text = {params.stop, params.include_stop_str_in_output, params.skip_special_tokens, common.sampling.min_tokens,
                 params.logprobs.has_value()};

@@ -33,6 +33,7 @@ struct ValidGeneration {
   ChoiceTextOptions text;
   bool echo = false;
   bool prompt_scores = false;  // prompt tokens are returned with their scores
+  bool prompt_ids = false;     // prompt tokens are returned
 };
 
 // The one place where requests of both doors are checked, templated and tokenised. Runs on the text pool; pure but for

@@ -271,6 +271,40 @@ TEST(Sampler, PenaltiesAndBansFollowTheirDefinitions) {
   }
 }
 
+// By the definition: the token after which the generated text ends in a bad word may not be drawn.
+TEST(Sampler, BadWordsAreNeverCompleted) {
+  std::mt19937_64 random(23);
+  for (int round = 0; round < 300; ++round) {
+    const auto few = [&](int longest) {
+      std::vector<int32_t> ids(1 + random() % longest);
+      for (int32_t& id : ids) id = static_cast<int32_t>(random() % 4);
+      return ids;
+    };
+    std::vector<int32_t> tokens = few(3);
+    const auto num_prompt = static_cast<int32_t>(tokens.size());
+    const std::vector<int32_t> generated = random() % 4 == 0 ? std::vector<int32_t>() : few(4);
+    tokens.insert(tokens.end(), generated.begin(), generated.end());
+    SamplingParams params;
+    params.temperature = 0.0F;
+    for (int i = 0; i < 3; ++i) params.bad_words.push_back(few(3));
+    const std::vector<float> logits = random_logits(8, round);
+    int32_t best = -1;
+    for (int32_t token = 0; token < 8; ++token) {
+      std::vector<int32_t> text = generated;
+      text.push_back(token);
+      const bool bad = std::any_of(params.bad_words.begin(), params.bad_words.end(), [&](const auto& word) {
+        return word.size() <= text.size() && std::equal(word.rbegin(), word.rend(), text.rbegin());
+      });
+      if (!bad && (best < 0 || logits[token] > logits[best])) best = token;
+    }
+    EXPECT_EQ(sample(logits, params, tokens, num_prompt).token, best) << "round " << round;
+  }
+  SamplingParams outside;
+  outside.temperature = 0.0F;
+  outside.bad_words = {{100}, {-1}};
+  EXPECT_EQ(sample({0.0F, 1.0F}, outside).token, 1);
+}
+
 TEST(Sampler, GrammarMaskRestrictsAndEndsBeforeMinTokens) {
   const std::vector<float> logits = random_logits(100, 12);
   std::vector<uint32_t> mask(4, 0);

@@ -111,7 +111,15 @@ class FakeService : public Service {
         }
         const std::lock_guard lock(mutex_);
         for (int32_t choice = 0; choice < num_choices(); ++choice) {
-          Delta delta{.choice = choice, .text = token(i).bytes, .tokens = {token(i)}, .num_tokens = i + 1};
+          Delta delta{.choice = choice,
+                      .text = token(i).bytes,
+                      .tokens = {token(i)},
+                      .token_ids = {10 + i % 3},
+                      .num_tokens = i + 1};
+          if (i == 0 && params_.return_token_ids) {
+            delta.has_prompt = true;
+            delta.prompt_token_ids = {1, 2};
+          }
           if (i == 0 && params_.echo) {
             delta.has_prompt = true;
             delta.prompt_text = "Say:";
