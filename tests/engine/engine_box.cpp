@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "base/check.h"
+#include "tests/support/test_device.h"
 
 namespace moed {
 namespace {
@@ -229,7 +230,7 @@ class Crowd {
 }  // namespace
 
 std::unique_ptr<Device> opened(std::string_view spec, const DeviceOptions& options) {
-  auto device = open_device(spec, options);
+  auto device = open_device(test_device(spec), options);
   MOED_CHECK(device.ok()) << device.status().message();
   return std::move(device).value();
 }
