@@ -38,7 +38,7 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
   for (const LayerKind kind : config.layers)
     store.moe_index_.push_back(kind == LayerKind::kMoe ? num_moe_layers++ : -1);
   const int64_t stride = stride_bytes(store.shape_);
-  const int64_t bytes = stride * num_moe_layers * store.num_experts_;
+  const int64_t bytes = store.blobs_bytes_ = stride * num_moe_layers * store.num_experts_;
   MOED_ASSIGN_OR_RETURN(store.arena_, source.hollow() ? HugePages::reserve(bytes) : HugePages::allocate(bytes));
   if (source.hollow()) return store;
   std::vector<TensorLoad> loads;
@@ -59,16 +59,16 @@ int64_t ExpertStore::piece_bytes(const HostPins& pins) const {
 // Piece by piece: while one is read, the one before is pinned.
 Status ExpertStore::read(const TensorSource& source, std::span<const TensorLoad> loads,
                          const std::function<void(int64_t)>& progress, HostPins* pins) {
-  if (pins == nullptr || bytes() == 0) return load_tensors(source, {loads.begin(), loads.end()}, progress);
+  if (pins == nullptr || blobs_bytes_ == 0) return load_tensors(source, {loads.begin(), loads.end()}, progress);
   const int64_t piece = piece_bytes(*pins);
   const auto piece_loads = static_cast<size_t>(piece / stride_bytes(shape_) * 3);
   std::future<void> pinned;
-  for (int64_t begin = 0; begin < bytes(); begin += piece) {
+  for (int64_t begin = 0; begin < blobs_bytes_; begin += piece) {
     const auto some = loads.first(std::min(piece_loads, loads.size()));
     loads = loads.subspan(some.size());
     MOED_RETURN_IF_ERROR(load_tensors(source, {some.begin(), some.end()}, progress));
     if (pinned.valid()) pinned.get();
-    pinned = std::async(std::launch::async, [this, pins, begin, size = std::min(piece, bytes() - begin)] {
+    pinned = std::async(std::launch::async, [this, pins, begin, size = std::min(piece, blobs_bytes_ - begin)] {
       pins->pin(arena_.data() + begin, size);
     });
   }
@@ -78,8 +78,8 @@ Status ExpertStore::read(const TensorSource& source, std::span<const TensorLoad>
 
 void ExpertStore::pin(HostPins& pins) const {
   const int64_t piece = piece_bytes(pins);
-  for (int64_t begin = 0; begin < bytes(); begin += piece) {
-    pins.pin(arena_.data() + begin, std::min(piece, bytes() - begin));
+  for (int64_t begin = 0; begin < blobs_bytes_; begin += piece) {
+    pins.pin(arena_.data() + begin, std::min(piece, blobs_bytes_ - begin));
   }
 }
 

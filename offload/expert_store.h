@@ -30,6 +30,8 @@ class ExpertStore {
   BlobView blob(ExpertId id) const;
   BlobShape shape() const { return shape_; }
   int64_t bytes() const { return arena_.size(); }
+  // What pin() pins.
+  int64_t blobs_bytes() const { return blobs_bytes_; }
 
  private:
   int64_t piece_bytes(const HostPins& pins) const;
@@ -39,6 +41,7 @@ class ExpertStore {
   HugePages arena_;
   BlobShape shape_;
   int32_t num_experts_ = 0;
+  int64_t blobs_bytes_ = 0;
   std::vector<int32_t> moe_index_;  // [num_layers]: among MoE layers; -1 for dense ones
 };
 

@@ -1,6 +1,7 @@
 #include "offload/prefetcher.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <utility>
 
@@ -9,10 +10,11 @@
 namespace moed {
 namespace {
 
-// A layer's first visits are all scored; later one in so many where the lookahead is trusted, and where it is not.
+// A layer's first visits are all scored; later one in so many where the lookahead is not trusted.
 constexpr int64_t kFirstScored = 16;
-constexpr int64_t kScoredTrusted = 8;
-constexpr int64_t kScoredUntrusted = 32;
+constexpr int64_t kUntrustedEvery = 32;
+// Where it is trusted, its rivals are looked at in one visit of so many.
+constexpr int64_t kRivalsEvery = 8;
 // Of the sums that the lookahead is judged by, at each visit scored.
 constexpr float kScoreDecay = 0.95F;
 // Of the experts that the lookahead names, so many must be chosen to be worth their copies.
@@ -44,7 +46,7 @@ Prefetcher::Prefetcher(const ExpertIndex& index, const ExpertCache& cache)
 
 bool Prefetcher::wants_prediction(int32_t moe_layer) const {
   const Layer& layer = layers_[moe_layer];
-  return layer.trusted || layer.num_scored < kFirstScored || layer.visits % kScoredUntrusted == 0;
+  return layer.trusted || layer.num_scored < kFirstScored || layer.visits % kUntrustedEvery == 0;
 }
 
 void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts, std::span<const uint64_t> present) {
@@ -62,8 +64,10 @@ void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts, s
     keys_[trial.count++] = uint64_t{static_cast<uint32_t>(counts[expert])} << 32 | static_cast<uint32_t>(expert);
   }
   if (layer.trusted) expect(moe_layer, trial.count);
-  if (layer.trusted && layer.num_scored >= kFirstScored && layer.visits % kScoredTrusted != 0) trial.count = 0;
-  if (trial.count > 0) top_.choose(cache_.scores(moe_layer), present, present, trial.count, trial.popular);
+  trial.rivals = !layer.trusted || layer.visits % kRivalsEvery == 0;
+  if (trial.rivals && trial.count > 0) {
+    top_.choose(cache_.scores(moe_layer), present, present, trial.count, trial.popular);
+  }
 }
 
 void Prefetcher::expect(int32_t moe_layer, int32_t count) {
@@ -95,18 +99,21 @@ void Prefetcher::routed(int32_t moe_layer, std::span<const int32_t> counts) {
 void Prefetcher::score(Layer& layer, const Trial& trial, std::span<const int32_t> counts) {
   if (trial.count == 0) return;
   ++layer.num_scored;
-  int32_t hits = 0;
-  int32_t popular_hits = 0;
-  for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
-    if (counts[expert] == 0) continue;
-    hits += has_bit(trial.named, expert) ? 1 : 0;
-    popular_hits += has_bit(trial.popular, expert) ? 1 : 0;
+  layer.lookahead.count(trial.count, trial.named, counts);
+  if (trial.rivals) layer.popularity.count(trial.count, trial.popular, counts);
+  const float share = layer.lookahead.share();
+  layer.trusted = layer.num_scored >= kFirstScored && share > layer.popularity.share() && share >= kPrecisionMin;
+}
+
+void Prefetcher::Tally::count(int32_t num_named, const ExpertBits& bits, std::span<const int32_t> counts) {
+  int32_t num_chosen = 0;
+  for (size_t word = 0; word < bits.size(); ++word) {
+    for (uint64_t left = bits[word]; left != 0; left &= left - 1) {
+      num_chosen += counts[word * 64 + static_cast<size_t>(std::countr_zero(left))] > 0 ? 1 : 0;
+    }
   }
-  layer.named = layer.named * kScoreDecay + static_cast<float>(trial.count);
-  layer.hits = layer.hits * kScoreDecay + static_cast<float>(hits);
-  layer.popular_hits = layer.popular_hits * kScoreDecay + static_cast<float>(popular_hits);
-  layer.trusted =
-      layer.num_scored >= kFirstScored && layer.hits > layer.popular_hits && layer.hits >= kPrecisionMin * layer.named;
+  named = named * kScoreDecay + static_cast<float>(num_named);
+  chosen = chosen * kScoreDecay + static_cast<float>(num_chosen);
 }
 
 void Prefetcher::list(std::span<const ExpertId> wanted) {

@@ -44,15 +44,22 @@ class Prefetcher {
   // A prediction that waits for routed(): the absent experts it named, and as many popular ones. 0: nothing to learn.
   struct Trial {
     int32_t count = 0;
+    bool rivals = false;  // popular is known
     ExpertBits named;
     ExpertBits popular;
+  };
+  // How many of the experts that were named were chosen; the past fades.
+  struct Tally {
+    float named = 0.0F;
+    float chosen = 0.0F;
+    void count(int32_t num_named, const ExpertBits& bits, std::span<const int32_t> counts);
+    float share() const { return named > 0.0F ? chosen / named : 0.0F; }
   };
   struct Layer {
     std::array<Trial, 2> trials;  // oldest first
     int32_t num_trials = 0;
-    float named = 0.0F;  // decayed numbers of experts
-    float hits = 0.0F;
-    float popular_hits = 0.0F;
+    Tally lookahead;
+    Tally popularity;
     bool trusted = false;
     int64_t visits = 0;
     int64_t num_scored = 0;

@@ -159,6 +159,7 @@ class Ring final : public ExpertRing {
   std::unique_ptr<CopyQueue> copies_;
   ReadFences fences_;
   std::vector<int32_t> freed_;
+  bool progressed_ = false;  // a packet arrived or a reader finished since the last wait()
   RingStats stats_;
 };
 
@@ -231,7 +232,7 @@ Status Ring::start(const RingConfig& config) {
                                               " in all: " + memory.status().message());
   }
   memory_ = std::move(memory).value();
-  MOED_ASSIGN_OR_RETURN(copies_, CopyQueue::make(device_, packet_bytes_, pins_->bytes() < store_.bytes()));
+  MOED_ASSIGN_OR_RETURN(copies_, CopyQueue::make(device_, packet_bytes_, pins_->bytes() < store_.blobs_bytes()));
   int32_t slot = 0;
   for (const ExpertId id : config.resident) {
     slots_[slot].resident = true;
@@ -252,8 +253,8 @@ std::string Ring::description() const {
   std::string text = std::to_string(num_slots) + " slots of " + std::to_string(stride_) + " bytes";
   text += ", copies of at most " + std::to_string(packet_bytes_) + " bytes";
   if (!pins_->refusal().ok()) {
-    text += " through pinned buffers for " + std::to_string(store_.bytes() - pins_->bytes()) + " of " +
-            std::to_string(store_.bytes()) + " bytes of experts: " + pins_->refusal().message();
+    text += " through pinned buffers for " + std::to_string(store_.blobs_bytes() - pins_->bytes()) + " of " +
+            std::to_string(store_.blobs_bytes()) + " bytes of experts: " + pins_->refusal().message();
   }
   return text;
 }
@@ -489,11 +490,14 @@ void Ring::wait() {
   // A packet first: only when one has arrived may another set out.
   if (copies_->num_in_flight() > 0) {
     arrived(copies_->join());
-  } else {
+  } else if (fences_.any()) {
     freed_.clear();
     fences_.join(freed_);
     for (const int32_t slot : freed_) settle(slot);
+  } else {
+    MOED_CHECK(progressed_) << "nothing is under way and nothing was since the last wait";
   }
+  progressed_ = false;
   stats_.wait_us += device_.now_us() - begin_us;
   pump();
 }
@@ -502,10 +506,12 @@ void Ring::collect() {
   for (int32_t slot = copies_->poll(); slot >= 0; slot = copies_->poll()) arrived(slot);
   freed_.clear();
   fences_.poll(freed_);
+  progressed_ = progressed_ || !freed_.empty();
   for (const int32_t slot : freed_) settle(slot);
 }
 
 void Ring::arrived(int32_t index) {
+  progressed_ = true;
   Slot& slot = slots_[index];
   if (slot.fill != Fill::kSubmitted || copies_->in_flight(index) > 0) return;
   slot.fill = Fill::kArrived;

@@ -80,7 +80,8 @@ class ExpertRing {
   // Enqueues what may be enqueued (at most two packets in flight, routed misses before prefetches) and takes back what
   // has been read. Never waits; to be called between slices of host work.
   virtual void pump() = 0;
-  // Waits until a packet has arrived or a reader has finished, then pumps. REQUIRES: one of both is under way.
+  // Waits until a packet has arrived or a reader has finished, then pumps. REQUIRES: one of both is under way, or was
+  // since the last wait(): then it returns at once.
   virtual void wait() = 0;
 
   virtual RingStats stats() const = 0;

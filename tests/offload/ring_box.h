@@ -26,11 +26,11 @@ class RingBox {
     std::string dense_layers;  // "1, 2"
   };
 
-  explicit RingBox(const Shape& shape, const char* device_spec = "emulated", uint64_t seed = 0)
+  explicit RingBox(const Shape& shape, const char* device_spec = "emulated", uint64_t seed = 0, double memory_gib = 1.0)
       : model(make_model(shape)), store(load(model)) {
-    StatusOr<std::unique_ptr<Device>> opened =
-        open_device(test_device(device_spec),
-                    {.num_threads = 1, .memory_gib = std::string(device_spec) == "cpu" ? 0.0 : 1.0, .seed = seed});
+    StatusOr<std::unique_ptr<Device>> opened = open_device(
+        test_device(device_spec),
+        {.num_threads = 1, .memory_gib = std::string(device_spec) == "cpu" ? 0.0 : memory_gib, .seed = seed});
     MOED_CHECK(opened.ok()) << opened.status().message();
     device = std::move(opened).value();
     reader = device->make_stream();
