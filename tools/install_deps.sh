@@ -105,6 +105,24 @@ make_toolkit() {
   for library in "$root"/lib/lib*.so.*; do ln -sf "${library##*/}" "${library%%.so.*}.so"; done
 }
 
+# unpack_prometheus DIR: Debian's binaries alone. Installed as a package they would run as a service, on a port of this
+# machine, and bring a web page's libraries.
+unpack_prometheus() {
+  [ -x "$1/bin/prometheus" ] && return 0
+  local folder
+  folder=$(mktemp -d)
+  chmod 755 "$folder"
+  # Without apt's lists there is nothing to download yet.
+  if ! (cd "$folder" && apt-get download -qq prometheus) 2>/dev/null; then
+    as_root apt-get update -qq
+    (cd "$folder" && apt-get download -qq prometheus) 2>/dev/null || fail "apt-get download prometheus failed"
+  fi
+  dpkg-deb -x "$folder"/prometheus_*.deb "$folder"
+  cp "$folder"/usr/bin/{promtool,prometheus} "$1/bin/"
+  rm -rf "$folder"
+  say "$("$1/bin/prometheus" --version 2>&1 | sed -n 's/ (.*//p')"
+}
+
 missing_lines=$(missing_packages)
 read -r -a missing <<<"${missing_lines//$'\n'/ }"
 if [ "${#missing[@]}" -gt 0 ]; then install_packages; fi
@@ -112,3 +130,4 @@ if [ "${#missing[@]}" -gt 0 ]; then install_packages; fi
 venv=.venv
 if [ "$group" = cuda ]; then venv=.venv-cuda; fi
 if [ "${#requirements[@]}" -gt 0 ]; then install_venv "$venv"; fi
+if [ "$group" = test ]; then unpack_prometheus "$venv"; fi
