@@ -9,6 +9,9 @@
 namespace moed::cuda {
 namespace {
 
+// As shared memory allows: with few rows what counts is how many loads are under way.
+constexpr int kBlocksOfSm = 3;
+
 // Some rows of one expert.
 struct Task {
   const Bf16* blob;
@@ -77,7 +80,7 @@ __device__ inline Panel panel_at(const Bf16* matrix, int32_t depth, int32_t colu
 }
 
 // scratch = bf16(silu(gate x) * up x)
-__global__ void __launch_bounds__(kTileThreads) gate_up(FfnArgs args) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksOfSm) gate_up(FfnArgs args) {
   MOED_SHARED(uint16_t, stages, kStages * kStageElements);
   if (static_cast<int32_t>(blockIdx.x) >= *args.plan.count) return;
   const Task task = args.plan.tasks[blockIdx.x];
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kTileThreads) gate_up(FfnArgs args) {
 }
 
 // y = down scratch
-__global__ void __launch_bounds__(kTileThreads) down(FfnArgs args) {
+__global__ void __launch_bounds__(kTileThreads, kBlocksOfSm) down(FfnArgs args) {
   MOED_SHARED(uint16_t, stages, kStages * kStageElements);
   if (static_cast<int32_t>(blockIdx.x) >= *args.plan.count) return;
   const Task task = args.plan.tasks[blockIdx.x];

@@ -41,21 +41,36 @@ struct CombineRows {
   const std::byte* const* host_blobs;
 };
 
-__global__ void combine_rows(CombineRows args) {
+// Where the y of a choice lies, and what it counts.
+struct Term {
+  const float* y;
+  float weight;
+};
+
+__device__ inline Term term_of(const CombineRows& args, int64_t row, int32_t choice) {
+  // A shared expert has no column among the experts: it runs where the rows are.
+  const bool on_host = args.host_y.data != nullptr && choice < args.experts.cols &&
+                       args.host_blobs[args.experts.data[row * args.experts.stride + choice]] != nullptr;
+  const Matrix<const float>& y = on_host ? args.host_y : args.y;
+  return {y.data + (row * args.choices + choice) * y.stride,
+          args.weights.data == nullptr ? 1.0F : args.weights.data[row * args.weights.stride + choice]};
+}
+
+// A block some columns of a row, several a thread: the host's table is read once a block.
+__global__ void __launch_bounds__(kRowThreads) combine_rows(CombineRows args) {
+  MOED_DYNAMIC_SHARED(Term, terms);
   const int64_t row = blockIdx.x;
-  const int column = static_cast<int>(blockIdx.y * kRowThreads + threadIdx.x);
-  if (column >= args.residual.cols) return;
-  float sum = args.residual.data[row * args.residual.stride + column];
-  for (int choice = 0; choice < args.choices; ++choice) {
-    const int64_t pair = row * args.choices + choice;
-    // A shared expert has no column among the experts: it runs where the rows are.
-    const bool on_host = args.host_y.data != nullptr && choice < args.experts.cols &&
-                         args.host_blobs[args.experts.data[row * args.experts.stride + choice]] != nullptr;
-    const Matrix<const float>& y = on_host ? args.host_y : args.y;
-    const float weight = args.weights.data == nullptr ? 1.0F : args.weights.data[row * args.weights.stride + choice];
-    sum = fmaf(weight, y.data[pair * y.stride + column], sum);
+  for (int choice = static_cast<int>(threadIdx.x); choice < args.choices; choice += kRowThreads) {
+    terms[choice] = term_of(args, row, choice);
   }
-  args.residual.data[row * args.residual.stride + column] = sum;
+  __syncthreads();
+  float* residual = args.residual.data + row * args.residual.stride;
+  const int step = static_cast<int>(gridDim.y) * kRowThreads;
+  for (int i = static_cast<int>(blockIdx.y * kRowThreads + threadIdx.x); i < args.residual.cols; i += step) {
+    float sum = residual[i];
+    for (int choice = 0; choice < args.choices; ++choice) sum = fmaf(terms[choice].weight, terms[choice].y[i], sum);
+    residual[i] = sum;
+  }
 }
 
 __global__ void add_bias_rows(const float* bias, Matrix<float> y) {
@@ -101,8 +116,9 @@ void rms_norm(Matrix<const float> x, std::span<const int32_t> rows, const float*
 void combine(const Combine& args, const Launch& launch) {
   const CombineRows rows{args.y,      args.weights, args.choices,          args.residual,
                          args.host_y, args.experts, args.host_blobs.data()};
-  run_kernel(combine_rows, rows_by_columns(args.residual.rows, args.residual.cols), dim3{kRowThreads}, 0, launch.stream,
-             rows);
+  constexpr int kColumnsAThread = 4;
+  run_kernel(combine_rows, rows_by_columns(args.residual.rows, divide_up(args.residual.cols, kColumnsAThread)),
+             dim3{kRowThreads}, args.choices * int64_t{sizeof(Term)}, launch.stream, rows);
 }
 
 void add_bias(const float* bias, Matrix<float> y, const Launch& launch) {

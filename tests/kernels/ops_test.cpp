@@ -259,12 +259,21 @@ class InvarianceTest : public testing::TestWithParam<OpsDevice> {
     device_ = open_ops_device(GetParam(), true).value();
     alone_device_ = open_ops_device(alone, true).value();
     stream_ = device_->make_stream();
+    alone_stream_ = alone_device_->make_stream();
+    staged_ = std::make_unique<StagedOps>(*device_);
+    alone_staged_ = std::make_unique<StagedOps>(*alone_device_);
     ASSERT_TRUE(device_->ops().reserve(cases::limits_for(kRowsMax)).ok());
     ASSERT_TRUE(alone_device_->ops().reserve(cases::limits_for(1)).ok());
   }
+  Ops& ops() { return device_->is_host() ? device_->ops() : *staged_; }
+  Ops& alone_ops() { return alone_device_->is_host() ? alone_device_->ops() : *alone_staged_; }
+
   std::unique_ptr<Device> device_;
   std::unique_ptr<Device> alone_device_;
   std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Stream> alone_stream_;
+  std::unique_ptr<StagedOps> staged_;
+  std::unique_ptr<StagedOps> alone_staged_;
 };
 
 TEST_P(InvarianceTest, LinearRows) {
@@ -281,11 +290,11 @@ TEST_P(InvarianceTest, LinearRows) {
     const std::vector<Bf16> x = random.bf16s(int64_t{c.rows} * c.in);
     std::vector<float> together(int64_t{c.rows} * c.out);
     std::vector<float> alone(c.out);
-    device_->ops().linear({x.data(), c.rows, c.in}, {w.data(), nullptr, c.in, c.out}, false,
-                          {together.data(), c.rows, c.out}, *stream_);
+    ops().linear({x.data(), c.rows, c.in}, {w.data(), nullptr, c.in, c.out}, false, {together.data(), c.rows, c.out},
+                 *stream_);
     for (int32_t row = 0; row < c.rows; ++row) {
-      alone_device_->ops().linear({x.data() + int64_t{row} * c.in, 1, c.in}, {w.data(), nullptr, c.in, c.out}, false,
-                                  {alone.data(), 1, c.out}, *stream_);
+      alone_ops().linear({x.data() + int64_t{row} * c.in, 1, c.in}, {w.data(), nullptr, c.in, c.out}, false,
+                         {alone.data(), 1, c.out}, *alone_stream_);
       ASSERT_EQ(0, std::memcmp(alone.data(), together.data() + int64_t{row} * c.out, c.out * sizeof(float)))
           << "row " << row << " of " << c.rows;
     }
@@ -295,7 +304,7 @@ TEST_P(InvarianceTest, LinearRows) {
 TEST_P(InvarianceTest, AttentionRows) {
   for (const cases::AttentionCase& c : cases::attention_cases()) {
     AttentionSetup setup(c, 4);
-    device_->ops().attention(setup.args, *stream_);
+    ops().attention(setup.args, *stream_);
     std::vector<Bf16> alone(c.num_heads * c.head_dim);
     for (const AttentionSpan& span : setup.spans) {
       for (int32_t row = 0; row < span.num_rows; ++row) {
@@ -304,7 +313,7 @@ TEST_P(InvarianceTest, AttentionRows) {
         const AttentionSpan one = {0, 1, span.num_cached + row, span.blocks};
         args.spans = {&one, 1};
         args.out = Matrix<Bf16>(alone.data(), 1, c.num_heads * c.head_dim);
-        alone_device_->ops().attention(args, *stream_);
+        alone_ops().attention(args, *alone_stream_);
         ASSERT_EQ(0, std::memcmp(alone.data(), setup.args.out.row(span.row_begin + row), alone.size() * sizeof(Bf16)))
             << "row " << row << " after " << span.num_cached;
       }
@@ -315,7 +324,7 @@ TEST_P(InvarianceTest, AttentionRows) {
 TEST_P(InvarianceTest, ExpertRows) {
   for (const cases::FfnCase& c : cases::kFfn) {
     FfnSetup setup(c, 10);
-    device_->ops().expert_ffn(setup.args, *stream_);
+    ops().expert_ffn(setup.args, *stream_);
     std::vector<float> alone(c.choices * c.hidden);
     std::vector<Bf16> scratch(c.intermediate);
     const int32_t offsets[] = {0, 1};
@@ -331,7 +340,7 @@ TEST_P(InvarianceTest, ExpertRows) {
         args.pairs_max = 1;
         args.scratch = Matrix<Bf16>(scratch.data(), 1, c.intermediate);
         args.y = Matrix<float>(alone.data(), c.choices, c.hidden);
-        alone_device_->ops().expert_ffn(args, *stream_);
+        alone_ops().expert_ffn(args, *alone_stream_);
         ASSERT_EQ(0, std::memcmp(args.y.row(own), setup.args.y.row(pair), c.hidden * sizeof(float))) << "pair " << pair;
       }
     }
@@ -343,12 +352,12 @@ TEST_P(InvarianceTest, ExpertsOverCalls) {
   for (const cases::FfnCase& c : cases::kFfn) {
     FfnSetup together(c, 11);
     FfnSetup apart(c, 11);
-    device_->ops().expert_ffn(together.args, *stream_);
+    ops().expert_ffn(together.args, *stream_);
     for (int32_t part = 2; part >= 0; --part) {
       std::vector<const std::byte*> some(c.experts);
       for (int32_t expert = part; expert < c.experts; expert += 3) some[expert] = apart.blobs[expert];
       apart.args.blobs = some;
-      device_->ops().expert_ffn(apart.args, *stream_);
+      ops().expert_ffn(apart.args, *stream_);
     }
     EXPECT_TRUE(apart.y == together.y);
     EXPECT_EQ(0, std::memcmp(apart.scratch.data(), together.scratch.data(), together.scratch.size() * sizeof(Bf16)));

@@ -137,6 +137,22 @@ std::string run_expert_ffn(Ops& ops, Stream& stream) {
   return all;
 }
 
+std::string run_combine(Ops& ops, Stream& stream) {
+  Random random(7);
+  const std::vector<float> y = random.floats(5 * 3 * 700);
+  const std::vector<float> weights = random.floats(5 * 3);
+  std::vector<float> residual = random.floats(5 * 700);
+  Combine args;
+  args.y = Matrix<const float>(y.data(), 15, 700);
+  args.weights = Matrix<const float>(weights.data(), 5, 3);
+  args.choices = 3;
+  args.residual = Matrix<float>(residual.data(), 5, 700);
+  ops.combine(args, stream);
+  std::string all;
+  append(all, residual);
+  return all;
+}
+
 std::string run_attention(Ops& ops, Stream& stream) {
   std::string all;
   // Chunks apart, tiles of four warps, and more spans than the plan takes at once.
@@ -153,9 +169,10 @@ std::string run_attention(Ops& ops, Stream& stream) {
 }
 
 const std::vector<MutationCase>& mutation_cases() {
-  static const std::vector<MutationCase> all = {
-      {"rms_norm", run_rms_norm}, {"linear", run_linear},         {"rope_append", run_rope},   {"route", run_route},
-      {"group", run_group},       {"expert_ffn", run_expert_ffn}, {"attention", run_attention}};
+  static const std::vector<MutationCase> all = {{"rms_norm", run_rms_norm}, {"linear", run_linear},
+                                                {"rope_append", run_rope},  {"route", run_route},
+                                                {"group", run_group},       {"expert_ffn", run_expert_ffn},
+                                                {"combine", run_combine},   {"attention", run_attention}};
   return all;
 }
 
@@ -211,7 +228,9 @@ TEST_P(MutationTest, OrderOfThreadsChangesNoBit) {
 TEST_P(MutationTest, ADroppedBarrierShows) {
   cuda_on_host::take_sites();
   const std::string wanted = run();
-  for (const Site& site : cuda_on_host::take_sites()) {
+  const std::vector<Site> sites = cuda_on_host::take_sites();
+  ASSERT_FALSE(sites.empty());
+  for (const Site& site : sites) {
     bool seen = false;
     for (uint64_t seed = 1; seed <= kSeeds && !seen; ++seed) seen = shows(site, seed, wanted);
     EXPECT_TRUE(seen) << site.file << ":" << site.line << " can be left out";
