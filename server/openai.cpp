@@ -198,6 +198,43 @@ void read_messages(BodyFields& fields, std::string& messages_json) {
   messages_json = dump_json(*messages);
 }
 
+StatusOr<OpenAiCall> read_chat(BodyFields& fields) {
+  OpenAiCall call;
+  call.params.chat = true;
+  read_messages(fields, call.params.messages_json);
+  read_common(fields, call);
+  fields.read("max_completion_tokens", call.params.max_tokens);  // the newer name wins
+  read_chat_logprobs(fields, call.params);
+  read_tools(fields);
+  fields.read_object("chat_template_kwargs", call.params.template_kwargs_json);
+  fields.read("add_generation_prompt", call.params.add_generation_prompt);
+  fields.read("continue_final_message", call.params.continue_final_message);
+  refuse_present(fields, {"chat_template", "documents", "audio", "mm_processor_kwargs"});
+  refuse_true(fields, {"echo"});
+  fields.ignore("reasoning_effort");
+  if (!fields.status().ok()) return fields.status();
+  call.unknown_fields = fields.unknown();
+  return call;
+}
+
+StatusOr<OpenAiCall> read_completion(BodyFields& fields) {
+  OpenAiCall call;
+  MOED_RETURN_IF_ERROR(read_prompts(fields, call.params.prompts));
+  read_common(fields, call);
+  fields.read("echo", call.params.echo);
+  fields.read("logprobs", call.params.logprobs);
+  if (call.params.logprobs && *call.params.logprobs < 0) fields.fail("logprobs", "must not be negative");
+  refuse_present(fields, {"suffix", "prompt_embeds"});
+  std::optional<int64_t> best_of;
+  fields.read("best_of", best_of);
+  if (best_of && *best_of != 1 && *best_of != call.params.n) {
+    fields.refuse("best_of", "best_of other than 1 or n is not supported");
+  }
+  if (!fields.status().ok()) return fields.status();
+  call.unknown_fields = fields.unknown();
+  return call;
+}
+
 struct ErrorKind {
   int http_status;
   const char* type;
@@ -260,42 +297,24 @@ WireJson model_entry(const ModelInfo& model, const std::string& name) {
 StatusOr<OpenAiCall> parse_chat_request(std::string_view body, int64_t json_depth_max) {
   MOED_ASSIGN_OR_RETURN(const WireJson json, parse_body(body, json_depth_max));
   BodyFields fields(json);
-  OpenAiCall call;
-  call.params.chat = true;
-  read_messages(fields, call.params.messages_json);
-  read_common(fields, call);
-  fields.read("max_completion_tokens", call.params.max_tokens);  // the newer name wins
-  read_chat_logprobs(fields, call.params);
-  read_tools(fields);
-  fields.read_object("chat_template_kwargs", call.params.template_kwargs_json);
-  fields.read("add_generation_prompt", call.params.add_generation_prompt);
-  fields.read("continue_final_message", call.params.continue_final_message);
-  refuse_present(fields, {"chat_template", "documents", "audio", "mm_processor_kwargs"});
-  refuse_true(fields, {"echo"});
-  fields.ignore("reasoning_effort");
-  if (!fields.status().ok()) return fields.status();
-  call.unknown_fields = fields.unknown();
-  return call;
+  return read_chat(fields);
 }
 
 StatusOr<OpenAiCall> parse_completion_request(std::string_view body, int64_t json_depth_max) {
   MOED_ASSIGN_OR_RETURN(const WireJson json, parse_body(body, json_depth_max));
   BodyFields fields(json);
-  OpenAiCall call;
-  MOED_RETURN_IF_ERROR(read_prompts(fields, call.params.prompts));
-  read_common(fields, call);
-  fields.read("echo", call.params.echo);
-  fields.read("logprobs", call.params.logprobs);
-  if (call.params.logprobs && *call.params.logprobs < 0) fields.fail("logprobs", "must not be negative");
-  refuse_present(fields, {"suffix", "prompt_embeds"});
-  std::optional<int64_t> best_of;
-  fields.read("best_of", best_of);
-  if (best_of && *best_of != 1 && *best_of != call.params.n) {
-    fields.refuse("best_of", "best_of other than 1 or n is not supported");
+  return read_completion(fields);
+}
+
+std::set<std::string, std::less<>> request_field_names(bool chat) {
+  const WireJson json = {{"prompt", "a"}};
+  BodyFields fields(json);
+  if (chat) {
+    (void)read_chat(fields);
+  } else {
+    (void)read_completion(fields);
   }
-  if (!fields.status().ok()) return fields.status();
-  call.unknown_fields = fields.unknown();
-  return call;
+  return fields.known();
 }
 
 StatusOr<TokenizeParams> parse_tokenize_request(std::string_view body, int64_t json_depth_max) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -28,6 +29,9 @@ struct OpenAiCall {
 // supported.
 StatusOr<OpenAiCall> parse_chat_request(std::string_view body, int64_t json_depth_max);
 StatusOr<OpenAiCall> parse_completion_request(std::string_view body, int64_t json_depth_max);
+// Every field of a chat's or a completion's body that has a meaning here, served, ignored or refused. docs/API.md lists
+// them.
+std::set<std::string, std::less<>> request_field_names(bool chat);
 StatusOr<TokenizeParams> parse_tokenize_request(std::string_view body, int64_t json_depth_max);
 
 struct DetokenizeCall {

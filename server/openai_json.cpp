@@ -60,6 +60,10 @@ std::string escaped(const std::string& name) {
 
 StatusOr<WireJson> parse_body(std::string_view body, int64_t depth_max) {
   MOED_RETURN_IF_ERROR(check_shape(body, depth_max));
+  // The parser would take it for the end, and ignore what follows.
+  if (const size_t zero = body.find('\0'); zero != std::string_view::npos) {
+    return invalid_argument("the request's body is not valid JSON (at byte " + std::to_string(zero + 1) + ")");
+  }
   try {
     WireJson json = WireJson::parse(body);
     if (!json.is_object()) return invalid_argument("the request's body must be a JSON object");

@@ -46,6 +46,9 @@ class BodyFields {
   // Known, and without effect: type not checked.
   void ignore(const char* name) { (void)find(name); }
 
+  // Fields somebody asked for.
+  const std::set<std::string, std::less<>>& known() const { return known_; }
+
   const Status& status() const { return status_; }
   // Fields nobody asked for: escaped, at most 16.
   std::vector<std::string> unknown() const;

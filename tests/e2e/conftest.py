@@ -137,8 +137,8 @@ def start_fake(tiny_model):
     """start_fake("--flag", ..., FAKE_LAYER_US="100"): a daemon of this test alone."""
     daemons = []
 
-    def start(*flags, **options):
-        daemons.append(Daemon(FAKE, tiny_model, *flags, **options))
+    def start(*flags, model=tiny_model, **options):
+        daemons.append(Daemon(FAKE, model, *flags, **options))
         return daemons[-1]
 
     yield start

@@ -104,6 +104,42 @@ TEST_F(ChoiceTextTest, LogprobsTravelWithHeldText) {
   EXPECT_FLOAT_EQ(*deltas[0].tokens[0].logprob, -0.5F);
 }
 
+// Clients that train on answers need each id once, whatever became of its text.
+TEST_F(ChoiceTextTest, EveryTokenIdIsToldOnce) {
+  for (const char* const stop : {"xyz", "cd", "never"}) {
+    ChoiceTextOptions options;
+    options.stop = {stop};
+    ChoiceText choice(*tokenizer_, 0, options, {});
+    std::string ids;
+    const std::string answer = "xyxycd";
+    for (size_t i = 0; i < answer.size() && !choice.finished(); ++i) {
+      TokenEvent event = event_of(answer[i], i + 1 == answer.size() ? FinishReason::kStop : FinishReason::kNone);
+      if (event.finish == FinishReason::kStop) event.stop_token = answer[i];
+      std::vector<Delta> deltas;
+      ASSERT_TRUE(choice.push(event, deltas).ok());
+      for (const Delta& delta : deltas) ids.append(delta.token_ids.begin(), delta.token_ids.end());
+    }
+    EXPECT_EQ(ids, answer) << stop;
+  }
+}
+
+// Each way to cut the answer into a stop string and the rest, through the tokenizer.
+TEST_F(ChoiceTextTest, StopStringsOfEveryLengthAtEveryPosition) {
+  const std::string text = "one two three";
+  for (size_t begin = 0; begin < text.size(); ++begin) {
+    for (size_t length = 1; begin + length <= text.size(); ++length) {
+      ChoiceTextOptions options;
+      options.stop = {text.substr(begin, length)};
+      const Answer answer = run(text, options);
+      const size_t first = text.find(options.stop[0]);
+      EXPECT_EQ(answer.text, text.substr(0, first)) << options.stop[0];
+      EXPECT_EQ(answer.token_bytes, text.substr(0, first)) << "logprobs travel with their text";
+      EXPECT_EQ(answer.num_tokens, static_cast<int32_t>(first + length));
+      EXPECT_EQ(answer.finish, FinishReason::kStop);
+    }
+  }
+}
+
 TEST_F(ChoiceTextTest, HeldTextIsFlushedAtTheEnd) {
   ChoiceTextOptions options;
   options.stop = {"\n\nQ:"};

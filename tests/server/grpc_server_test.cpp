@@ -2,6 +2,9 @@
 
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include <thread>
 
@@ -173,6 +176,25 @@ TEST_F(GrpcServerTest, TheOtherCalls) {
   v1::GetServerInfoResponse info;
   ASSERT_TRUE(stub_->GetServerInfo(&d, {}, &info).ok());
   EXPECT_EQ(info.state(), "ready");
+}
+
+TEST_F(GrpcServerTest, ListensOnBothLoopbackAddresses) {
+  const std::string port = std::to_string(server_->port());
+  sockaddr_in6 loopback{};
+  loopback.sin6_family = AF_INET6;
+  loopback.sin6_addr = in6addr_loopback;
+  const int probe = ::socket(AF_INET6, SOCK_STREAM, 0);
+  const bool has_v6 = ::bind(probe, reinterpret_cast<const sockaddr*>(&loopback), sizeof(loopback)) == 0;
+  ::close(probe);
+  std::vector<std::string> targets = {"ipv4:127.0.0.1:" + port};
+  if (has_v6) targets.push_back("ipv6:[::1]:" + port);
+  for (const std::string& target : targets) {
+    const auto stub = v1::Inference::NewStub(grpc::CreateChannel(target, grpc::InsecureChannelCredentials()));
+    grpc::ClientContext context;
+    v1::GetModelInfoResponse model;
+    const grpc::Status status = stub->GetModelInfo(&context, {}, &model);
+    EXPECT_TRUE(status.ok()) << target << ": " << status.error_message();
+  }
 }
 
 TEST_F(GrpcServerTest, APortInUseIsAnError) {

@@ -195,6 +195,14 @@ TEST_F(HttpApiTest, RequestIds) {
   EXPECT_NE(send("GET", "/live").find("X-Request-Id: "), std::string::npos);
 }
 
+TEST_F(HttpApiTest, TheLengthOfRequestIdsIsASetting) {
+  Settings settings;
+  settings.limits.request_id_bytes_max = 3;
+  start(settings);
+  EXPECT_NE(send("GET", "/live", "", "X-Request-Id: abc\r\n").find("X-Request-Id: abc\r\n"), std::string::npos);
+  EXPECT_EQ(send("GET", "/live", "", "X-Request-Id: abcd\r\n").find("abcd"), std::string::npos);
+}
+
 TEST_F(HttpApiTest, CrossOriginOnlyWhenAllowed) {
   const std::string origin = "Origin: https://chat.example\r\n";
   EXPECT_EQ(status_of(send("OPTIONS", "/v1/chat/completions", "", origin)), 405);

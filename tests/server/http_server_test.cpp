@@ -254,6 +254,39 @@ TEST_F(HttpServerTest, RefusesBeforeTheBodyIsRead) {
   EXPECT_EQ(handler_.bodies_seen, 1);
 }
 
+TEST_F(HttpServerTest, AllBodiesTogetherAreBounded) {
+  start({.body_bytes_max = 2 << 20, .reading_bytes_max = 3 << 20});
+  const auto begin = [&](HttpSocket& client, size_t bytes) {
+    return client.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 2000000\r\n\r\n" + std::string(bytes, 'a'));
+  };
+  HttpSocket silent(server_->port()), first(server_->port()), second(server_->port());
+  ASSERT_TRUE(begin(silent, 0));  // announces and holds nothing
+  ASSERT_TRUE(begin(first, 1'900'000));
+  std::this_thread::sleep_for(300ms);
+  ASSERT_TRUE(begin(second, 1'900'000));
+  const std::string refused = second.read_reply();
+  EXPECT_TRUE(refused.starts_with("HTTP/1.1 429 ")) << refused;
+  EXPECT_NE(refused.find("limits.reading_bytes_max"), std::string::npos);
+  ASSERT_TRUE(first.send(std::string(100'000, 'a')));
+  EXPECT_EQ(body_of(first.read_reply()).size(), 2'000'000u);
+  // All was given back: one after another, twice the limit passes.
+  for (int i = 0; i < 3; ++i) {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(begin(client, 2'000'000));
+    EXPECT_TRUE(client.read_reply().starts_with("HTTP/1.1 200 ")) << i;
+  }
+  // By a client that leaves in the middle, too.
+  for (int i = 0; i < 3; ++i) {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(begin(client, 1'900'000));
+    std::this_thread::sleep_for(50ms);
+  }
+  ASSERT_TRUE(eventually([&] { return server_->num_connections() <= 3; }));
+  HttpSocket last(server_->port());
+  ASSERT_TRUE(begin(last, 2'000'000));
+  EXPECT_TRUE(last.read_reply().starts_with("HTTP/1.1 200 "));
+}
+
 TEST_F(HttpServerTest, ALargeRefusedUploadStillSeesItsAnswer) {
   start({.body_bytes_max = 1000});
   HttpSocket client(server_->port());

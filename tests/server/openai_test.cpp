@@ -29,7 +29,7 @@ TEST(OpenAiRequest, ChatFieldsArrive) {
     "stream_options":{"include_usage":true,"continuous_usage_stats":true},"user":"u","top_k":-1,"min_p":0.1,"repetition_penalty":1.1,
     "min_tokens":2,"ignore_eos":true,"stop_token_ids":[1,2],"include_stop_str_in_output":true,"allowed_token_ids":[3],
     "truncate_prompt_tokens":9,"chat_template_kwargs":{"z":1,"a":2},"add_generation_prompt":false,"continue_final_message":true,
-    "add_special_tokens":true,"skip_special_tokens":false,"priority":-3)");
+    "add_special_tokens":true,"skip_special_tokens":false,"priority":-3,"bad_words":["w"],"return_token_ids":true)");
   ASSERT_TRUE(call.ok()) << call.status().message();
   const GenerationParams& p = call->params;
   EXPECT_TRUE(p.chat);
@@ -58,6 +58,8 @@ TEST(OpenAiRequest, ChatFieldsArrive) {
   EXPECT_FALSE(p.add_generation_prompt || p.skip_special_tokens);
   EXPECT_EQ(p.add_special_tokens, true);
   EXPECT_EQ(p.priority, -3);
+  EXPECT_EQ(p.bad_words, (std::vector<std::string>{"w"}));
+  EXPECT_TRUE(p.return_token_ids);
   EXPECT_TRUE(call->unknown_fields.empty());
 }
 
@@ -147,7 +149,10 @@ TEST(OpenAiRequest, WrongTypesNameTheField) {
                                                                   {"add_generation_prompt", "\"yes\""},
                                                                   {"model", "5"},
                                                                   {"allowed_token_ids", "3"},
-                                                                  {"priority", "\"high\""}};
+                                                                  {"priority", "\"high\""},
+                                                                  {"bad_words", "\"a\""},
+                                                                  {"bad_words", "[1]"},
+                                                                  {"return_token_ids", "1"}};
   for (const auto& [name, value] : wrong) {
     const auto call = chat("\"" + name + "\":" + value);
     ASSERT_FALSE(call.ok()) << name << " " << value;
@@ -167,7 +172,7 @@ TEST(OpenAiRequest, KnownAndNotSupportedIsRefusedNotIgnored) {
   for (const char* const field :
        {R"("tools":[{"type":"function"}])", R"("tool_choice":"auto")", R"("response_format":{"type":"json_object"})",
         R"("use_beam_search":true)", R"("chat_template":"x")", R"("guided_json":{"a":1})",
-        R"("structured_outputs":{"regex":"a"})", R"("bad_words":["a"])", R"("echo":true)"}) {
+        R"("structured_outputs":{"regex":"a"})", R"("return_tokens_as_token_ids":true)", R"("echo":true)"}) {
     const auto call = chat(field);
     ASSERT_FALSE(call.ok()) << field;
     EXPECT_EQ(error_reply(call.status()).status, 400) << field;
@@ -197,17 +202,19 @@ TEST(OpenAiRequest, PromptsInAllFourShapes) {
 
 TEST(OpenAiRequest, HostileBodies) {
   const std::string secret = "my secret prompt";
-  const std::vector<std::string> bodies = {"",
-                                           "[]",
-                                           "5",
-                                           "{",
-                                           "{\"messages\": \"" + secret,
-                                           "{\"messages\": [{\"role\":\"user\",\"content\":\"" + secret + "\"]}",
-                                           "{\"a\":\"\xff\xfe " + secret + "\"}",
-                                           "{\"temperature\": NaN}",
-                                           "{\"temperature\": 1e999}",
-                                           "{\"a\":\"\\ud800\"}",
-                                           std::string("{\0}", 3)};
+  const std::vector<std::string> bodies = {
+      "",
+      "[]",
+      "5",
+      "{",
+      "{\"messages\": \"" + secret,
+      "{\"messages\": [{\"role\":\"user\",\"content\":\"" + secret + "\"]}",
+      "{\"a\":\"\xff\xfe " + secret + "\"}",
+      "{\"temperature\": NaN}",
+      "{\"temperature\": 1e999}",
+      "{\"a\":\"\\ud800\"}",
+      std::string("{\0}", 3),
+      "{\"messages\":[{\"role\":\"user\",\"content\":\"a\"}]}" + std::string(1, '\0') + secret};
   for (const std::string& body : bodies) {
     const auto call = parse_chat_request(body, kDepth);
     ASSERT_FALSE(call.ok()) << body;
@@ -394,6 +401,42 @@ TEST(OpenAiAnswer, PromptLogprobs) {
   EXPECT_TRUE(json["prompt_logprobs"][0].is_null());
   EXPECT_EQ(json["prompt_logprobs"][1]["6"]["logprob"], -1.0);
   EXPECT_EQ(json["prompt_logprobs"][1]["7"]["rank"], 1);
+}
+
+// Where vLLM has them: a chat's prompt beside the choices, a completion's within each choice.
+TEST(OpenAiAnswer, TokenIds) {
+  const Delta first{.choice = 0, .text = "", .token_ids = {1}, .has_prompt = true, .prompt_token_ids = {8, 9}};
+  const Delta second{.choice = 0, .text = "ab", .token_ids = {2}};
+  const Delta last{.choice = 0, .text = "", .token_ids = {3}, .finish = FinishReason::kStop};
+  for (const bool is_chat : {true, false}) {
+    const std::string fields = R"("return_token_ids":true)";
+    auto call = is_chat ? chat(fields) : completion(fields);
+    PlainAnswer plain(*call, {"id", 17, "m"});
+    StreamAnswer stream(*call, {"id", 17, "m"});
+    std::string out;
+    for (const Delta& delta : {first, second, last}) {
+      plain.add(delta);
+      stream.add(delta, {}, out);
+    }
+    const Json json = Json::parse(plain.json({}, 1));
+    EXPECT_EQ(json["choices"][0]["token_ids"], Json::parse("[1,2,3]"));
+    EXPECT_EQ((is_chat ? json : json["choices"][0])["prompt_token_ids"], Json::parse("[8,9]"));
+    const std::vector<Json> all = events(out);
+    EXPECT_EQ((is_chat ? all[0] : all[0]["choices"][0])["prompt_token_ids"], Json::parse("[8,9]"));
+    std::vector<int> ids;
+    for (size_t i = 0; i < all.size(); ++i) {
+      const Json& choice = all[i]["choices"][0];
+      EXPECT_FALSE(i > 0 && (all[i].contains("prompt_token_ids") || choice.contains("prompt_token_ids")));
+      if (choice.contains("token_ids")) {
+        for (const Json& id : choice["token_ids"]) ids.push_back(id);
+      }
+    }
+    EXPECT_EQ(ids, (std::vector<int>{1, 2, 3}));
+    auto without = is_chat ? chat("") : completion("");
+    PlainAnswer silent(*without, {"id", 17, "m"});
+    silent.add(first);
+    EXPECT_EQ(silent.json({}, 1).find("token_ids"), std::string::npos);
+  }
 }
 
 TEST(OpenAiAnswer, ModelsAndTokens) {

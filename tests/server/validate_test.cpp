@@ -149,6 +149,79 @@ TEST_F(ValidateTest, RangesNameTheField) {
   expect_refused(with([](auto& p) { p.prompts.clear(); }), "prompt", "empty");
 }
 
+// The tokenizer has a token for each byte and some merges; "hello" is one of them, " hello" is not.
+TEST_F(ValidateTest, BadWordsAreTokenisedAloneAndBehindASpace) {
+  GenerationParams params = completion("a");
+  params.bad_words = {"  ab"};
+  const auto valid = validate(params, context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  std::vector<std::string> texts;
+  for (const auto& word : valid->requests[0].sampling.bad_words) {
+    ASSERT_FALSE(word.empty());
+    texts.push_back(*tokenizer_->decode(word, false));
+  }
+  EXPECT_EQ(texts, (std::vector<std::string>{"ab"})) << "a space before it is a token of its own: banned already";
+  params.bad_words = {"a", " "};
+  expect_refused(params, "bad_words", "empty");
+  params.bad_words.assign(65, "x");
+  expect_refused(params, "bad_words", "64 (limits.bad_words_max)");
+  params.bad_words = {std::string(1025, 'x')};
+  expect_refused(params, "bad_words", "1024 (limits.stop_bytes_max)");
+  params.bad_words.clear();
+  params.stop_token_ids.assign(65, 1);
+  expect_refused(params, "stop_token_ids", "64");
+  context_.limits.stop_token_ids_max = 65;
+  EXPECT_TRUE(check(params).ok());
+}
+
+TEST_F(ValidateTest, EachLimitIsItsSetting) {
+  const auto with = [](auto set) {
+    GenerationParams params = completion("a");
+    set(params);
+    return params;
+  };
+  Settings::Limits& limits = context_.limits;
+  limits.prompts_max = 2;
+  expect_refused(with([](auto& p) { p.prompts.resize(3, {"a", {}, false}); }), "prompt", "limits.prompts_max");
+  limits.prompt_tokens_max = 5;
+  expect_refused(completion("abcdef"), "prompt", "limits.prompt_tokens_max");
+  limits.new_tokens_max = 7;
+  expect_refused(with([](auto& p) { p.max_tokens = 8; }), "max_tokens", "7");
+  EXPECT_EQ(validate(with([](auto&) {}), context_)->requests[0].max_tokens, 7);
+  limits.stop_bytes_max = 3;
+  expect_refused(with([](auto& p) { p.stop = {"abcd"}; }), "stop", "limits.stop_bytes_max");
+  limits.logit_bias_max = 1;
+  expect_refused(with([](auto& p) { p.logit_bias = {{1, 1.0}, {2, 1.0}}; }), "logit_bias", "1");
+  limits.top_logprobs_max = 2;
+  expect_refused(with([](auto& p) { p.prompt_logprobs = 3; }), "prompt_logprobs", "2");
+  limits.n_max = 2;
+  expect_refused(with([](auto& p) { p.n = 3; }), "n", "2");
+}
+
+TEST_F(ValidateTest, ContentListsReachTemplatesThatTakeThem) {
+  auto lists = ChatTemplate::from_source(
+      "{% for m in messages %}{% for part in m.content %}[{{ part.text }}]{% endfor %}{% endfor %}");
+  ASSERT_TRUE(lists.ok()) << lists.status().message();
+  context_.chat_template = lists->get();
+  ASSERT_TRUE((*lists)->takes_content_lists());
+  const auto valid = validate(
+      chat(R"([{"role":"user","content":[{"type":"text","text":"a"},{"type":"text","text":"b"}]}])"), context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  EXPECT_EQ(*tokenizer_->decode(valid->requests[0].prompt, false), "[a][b]");
+}
+
+TEST_F(ValidateTest, NameAndNullContentReachTheTemplate) {
+  auto shows = ChatTemplate::from_source(
+      "{% for m in messages %}{{ m.name }}:{{ 'null' if m.content is none else m.content }};{% endfor %}");
+  ASSERT_TRUE(shows.ok());
+  context_.chat_template = shows->get();
+  const auto valid =
+      validate(chat(R"([{"role":"user","name":"Ann","content":"x"},{"role":"assistant","name":"Bob","content":null}])"),
+               context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  EXPECT_EQ(*tokenizer_->decode(valid->requests[0].prompt, false), "Ann:x;Bob:null;");
+}
+
 TEST_F(ValidateTest, EchoMayAskForNothingNew) {
   GenerationParams params = completion("abc");
   params.echo = true;
