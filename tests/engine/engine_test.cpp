@@ -290,6 +290,11 @@ TEST(EngineMemory, BadConfigsNameTheField) {
   EXPECT_NE(message([](EngineConfig& config) { config.kv_blocks = int64_t{1} << 40; }).find("kv_blocks"),
             std::string::npos);
   EXPECT_NE(message([](EngineConfig& config) { config.block_tokens = -1; }).find("block_tokens"), std::string::npos);
+  EXPECT_NE(message([](EngineConfig& config) { config.staging_blocks = -2; }).find("staging_blocks is -2"),
+            std::string::npos);
+  EXPECT_NE(
+      message([](EngineConfig& config) { config.ring.num_slots = 4; }).find("ring.num_slots is 4; the host device"),
+      std::string::npos);
 }
 
 TEST(KvPool, BlocksOfAllLayersAreApart) {
