@@ -299,10 +299,9 @@ StatusOr<Model> model_of(const BenchOptions& options, const Settings& settings) 
 // Traces the passes from the steady stretch's beginning on.
 class PassTracer {
  public:
-  PassTracer(DeviceTrace* trace, int32_t passes, int32_t clients) : trace_(trace), left_(passes), clients_(clients) {}
-  void passed(const BenchCounts& counts) {
-    if (trace_ == nullptr || left_ < 0) return;
-    if (!started_ && counts.new_tokens < clients_) return;
+  PassTracer(DeviceTrace* trace, int32_t passes) : trace_(trace), left_(passes) {}
+  void passed(bool steady) {
+    if (trace_ == nullptr || left_ < 0 || !steady) return;
     if (!started_) trace_->start();
     started_ = true;
     if (left_-- == 0) trace_->stop();
@@ -311,7 +310,6 @@ class PassTracer {
  private:
   DeviceTrace* const trace_;
   int32_t left_;
-  const int32_t clients_;
   bool started_ = false;
 };
 
@@ -327,14 +325,14 @@ Status run(const BenchOptions& options, const LoadedSettings& loaded) {
   const Planning planning = backend->planning();
   const SchedulerConfig scheduler = scheduler_config(settings, backend->budget(), planning.kv);
   DeviceTrace* const trace = backend->opened()->trace();
-  PassTracer tracer(trace, options.trace_passes, options.workload.clients);
+  PassTracer tracer(trace, options.trace_passes);
   const BenchInputs inputs{.opened = *backend->opened(),
                            .model = model.config,
                            .planning = planning,
                            .scheduler = scheduler,
                            .prior = backend->prior(),
                            .yield_layers = static_cast<int32_t>(settings.scheduler.yield_layers),
-                           .passed = [&](const BenchCounts& counts) { tracer.passed(counts); }};
+                           .passed = [&](bool steady) { tracer.passed(steady); }};
   MOED_ASSIGN_OR_RETURN(const BenchResult result, run_bench(inputs, options.workload));
   const Json json = report(options, settings, *backend, result);
   print(json);

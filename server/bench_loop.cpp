@@ -177,7 +177,7 @@ class BenchLoop {
       long_arrival_us_ = inputs_.opened.now_us();
       MOED_RETURN_IF_ERROR(add_request(kLongRequest, workload_.long_prompt_tokens, 1));
     }
-    if (inputs_.passed) inputs_.passed(counts());
+    if (inputs_.passed) inputs_.passed(steady_begun_);
     return {};
   }
 

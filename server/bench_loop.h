@@ -71,8 +71,8 @@ struct BenchInputs {
   const SchedulerConfig& scheduler;
   StepModel prior;
   int32_t yield_layers = 1;
-  // Called after each pass; may be empty.
-  std::function<void(const BenchCounts&)> passed;
+  // Called after each pass, with whether the steady stretch has begun; may be empty.
+  std::function<void(bool steady)> passed;
 };
 
 // Drives scheduler and engine as the serving loop does, on the device's clock, until every request has ended. Errors:

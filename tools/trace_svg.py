@@ -38,6 +38,22 @@ def tick_ms(length_ms):
     return length_ms
 
 
+def merged(spans, gap_us):
+    """The spans of a lane in the order in which they are drawn; what is alike and too near to be told apart is one."""
+    out = []
+    # Waits first: what the host does while it waits lies on top.
+    for span in sorted(spans, key=lambda span: (span["name"] != "wait", span["ts"])):
+        end = span["ts"] + span["dur"]
+        count = span["args"].get("bytes", 0)
+        if out and out[-1]["name"] == span["name"] and span["ts"] - out[-1]["end"] < gap_us:
+            out[-1]["end"] = max(out[-1]["end"], end)
+            out[-1]["count"] += 1
+            out[-1]["bytes"] += count
+        else:
+            out.append({"name": span["name"], "begin": span["ts"], "end": end, "count": 1, "bytes": count})
+    return out
+
+
 def draw(device, names, spans, begin_us, end_us, width):
     lanes = [lane for lane in sorted(names) if any(span["tid"] == lane for span in spans)]
     scale = (width - MARGIN_LEFT - 10) / (end_us - begin_us)
@@ -57,16 +73,14 @@ def draw(device, names, spans, begin_us, end_us, width):
     for row, lane in enumerate(lanes):
         y = MARGIN_TOP + row * LANE_HEIGHT
         out.append(f'<text x="{MARGIN_LEFT - 8}" y="{y + LANE_HEIGHT / 2 + 4}" text-anchor="end">{escape(names[lane])}</text>')
-        # Waits first: what the host does while it waits lies on top.
-        for span in sorted((span for span in spans if span["tid"] == lane), key=lambda span: span["name"] != "wait"):
-            left = max(span["ts"], begin_us)
-            right = min(span["ts"] + span["dur"], end_us)
+        for span in merged((span for span in spans if span["tid"] == lane), 1.0 / scale):
+            left, right = max(span["begin"], begin_us), min(span["end"], end_us)
             if right <= left:
                 continue
             x, w = MARGIN_LEFT + (left - begin_us) * scale, (right - left) * scale
-            title = f'{span["name"]} {span["dur"]:.1f} us'
-            if span["args"].get("bytes"):
-                title += f', {span["args"]["bytes"]} bytes'
+            title = f'{span["name"]} {span["end"] - span["begin"]:.1f} us'
+            title = f'{span["count"]} x {title}' if span["count"] > 1 else title
+            title += f', {span["bytes"]} bytes' if span["bytes"] else ""
             out.append(f'<rect x="{x:.2f}" y="{y + 4}" width="{max(w, 0.3):.2f}" height="{LANE_HEIGHT - 8}" '
                        f'fill="{COLOURS.get(span["name"], GREY)}"><title>{escape(title)}</title></rect>')
             if span["name"] not in used:

@@ -1,0 +1,104 @@
+#!/usr/bin/env python3
+"""Simulated figures of the engine for docs/PERFORMANCE.md: runs `moed bench engine` on the machines of deploy/machines and
+prints Markdown tables. usage: bench_simulated.py [MOED]   (build/release/server/moed). Takes about two minutes."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# name, machine, flags: regimes in which one part binds. Fewer layers where host memory would not hold the model and KV.
+BOUNDS = [
+    ("copies: Mixtral-8x7B streamed, 8 clients", "a40", "--shape mixtral-8x7b --device-memory-gib 16 --policy stream "
+     "--clients 8 --prompt 32 --new 24"),
+    ("copies: Qwen3-30B-A3B streamed, 8 clients", "a40", "--shape qwen3-30b-a3b --device-memory-gib 16 --policy stream "
+     "--clients 8 --prompt 32 --new 24"),
+    ("copies: Mixtral, 8 layers, streamed, 4096 clients, two halves", "rtx5060ti", "--shape mixtral-8x7b --layers 8 "
+     "--policy stream --halves 2 --clients 4096 --prompt 64 --new 64 --pass-rows-max 16384"),
+    ("copies or host: Qwen3-30B-A3B hot, 64 clients", "a40", "--shape qwen3-30b-a3b --device-memory-gib 16 --policy hot "
+     "--clients 64 --prompt 32 --new 24"),
+    ("device: Mixtral resident, 64 clients", "h200", "--shape mixtral-8x7b --policy device --kv device --clients 64 "
+     "--prompt 64 --new 64"),
+    ("device: Qwen3-30B-A3B resident, 64 clients", "h200", "--shape qwen3-30b-a3b --policy device --kv device "
+     "--clients 64 --prompt 64 --new 64"),
+    ("attention of the host: Mixtral, 16 layers, 64 contexts of 2k, two halves", "h200", "--shape mixtral-8x7b "
+     "--layers 16 --policy device --kv host --halves 2 --clients 64 --prompt 2048 --new 400 --pass-rows-max 4096"),
+    ("attention of the host: Qwen3-30B-A3B, 64 contexts of 2k, two halves", "h200", "--shape qwen3-30b-a3b "
+     "--policy device --kv host --halves 2 --clients 64 --prompt 2048 --new 400 --pass-rows-max 4096"),
+]
+HALVES = ("h200", "--shape mixtral-8x7b --layers 8 --policy device --kv host --clients 2048 --prompt 16 --new 40 "
+          "--pass-rows-max 4096")
+# What a long prompt and eight decoders cost each other.
+BESIDE = [
+    ("Mixtral resident", "h200", "--shape mixtral-8x7b --policy device --kv device --pass-rows-max 8192"),
+    ("Qwen3-30B-A3B hot", "rtx4090", "--shape qwen3-30b-a3b --policy hot --kv host --pass-rows-max 8192"),
+]
+SLOTS = ("rtx4090", "--shape qwen3-30b-a3b --layers 12 --policy hot --kv host --clients 16 --prompt 32 --new 48 "
+         "--router zipf:1.0")
+
+
+def bench(moed, machine, flags):
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        command = [moed, "bench", "engine", "--device", f"simulated:{ROOT}/deploy/machines/{machine}.toml", "--json",
+                   file.name, "--log-level", "error", *flags.split()]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            sys.exit(f"{' '.join(command)}\n{done.stderr}")
+        figures = json.load(file)
+    assert figures["simulated"]
+    return figures
+
+
+def print_bounds(moed):
+    print("| simulated: what binds, workload | machine | new tokens/s | of the closed-form bound | waits for the ring |")
+    print("|---|---|---|---|---|")
+    for name, machine, flags in BOUNDS:
+        steady = bench(moed, machine, flags)["steady"]
+        print(f"| {name} | {machine} | {steady['new_tokens_per_s']:.1f} | {100 * steady['bound']['reached']:.1f}% | "
+              f"{100 * steady['busy']['waits_for_ring']:.1f}% |", flush=True)
+
+
+def print_halves(moed):
+    machine, flags = HALVES
+    one, two = (bench(moed, machine, f"{flags} --halves {halves}")["steady"]["new_tokens_per_s"] for halves in (1, 2))
+    print(f"\nTwo halves against one ({machine}, simulated): {two:.0f} against {one:.0f} new tokens/s, {two / one:.2f}x.")
+
+
+def print_beside(moed):
+    print("\n| simulated: 8k prompt beside 8 decoders | machine | yield_layers | decode TPOT, of its own alone | "
+          "prefill, of its own alone |")
+    print("|---|---|---|---|---|")
+    for name, machine, flags in BESIDE:
+        alone_ms = bench(moed, machine, f"{flags} --clients 1 --prompt 8192 --new 1")["first_token"]["mean_ms"]
+        decode_ms = bench(moed, machine, f"{flags} --clients 8 --prompt 64 --new 60")["token"]["mean_ms"]
+        for layers in (1, 4, 16):
+            both = bench(moed, machine, f"{flags} --clients 8 --prompt 64 --new 200 --long-prompt 8192 "
+                                        f"--yield-layers {layers}")
+            print(f"| {name} | {machine} | {layers} | {both['token_beside_long']['mean_ms'] / decode_ms:.2f}x | "
+                  f"{both['long_prompt_ms'] / alone_ms:.2f}x |", flush=True)
+
+
+def print_slots(moed):
+    machine, flags = SLOTS
+    print(f"\n| simulated: expert slots of 1536, Zipf 1.0 ({machine}) | new tokens/s | hits |\n|---|---|---|")
+    for slots in (2, 16, 64, 192, 384, 768, 1536):
+        steady = bench(moed, machine, f"{flags} --ring-slots {slots}")["steady"]
+        experts = steady["experts"]
+        hits = experts["hits"] / max(1, experts["hits"] + experts["misses"])
+        print(f"| {slots} | {steady['new_tokens_per_s']:.1f} | {100 * hits:.1f}% |", flush=True)
+
+
+def main(arguments):
+    moed = arguments[0] if arguments else str(ROOT / "build/release/server/moed")
+    print_bounds(moed)
+    print_halves(moed)
+    print_beside(moed)
+    print_slots(moed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
