@@ -140,12 +140,12 @@ __device__ inline SoftmaxState<kValues> attend_chunks(const AttentionArgs& args,
   const int32_t begin = task.chunk_begin * kChunkPositions;
   const int32_t end = min(task.chunk_end * kChunkPositions, task.num_cached + last_row + 1);
   const auto bring_k = [&](int32_t position) {
-    tile.template bring_positions<kDim>(tile.k, args, task.blocks, position, end, 0,
-                                        [&](int32_t block) { return k_of(args.kv, block, head); });
+    tile.template bring_window<kDim>(tile.k, args, task.blocks, {position, end, 0},
+                                     [&](int32_t block) { return k_of(args.kv, block, head); });
   };
   const auto bring_v = [&](int32_t position) {
-    tile.template bring_positions<kValues>(tile.v, args, task.blocks, position, end, first_value,
-                                           [&](int32_t block) { return v_of(args.kv, block, head); });
+    tile.template bring_window<kValues>(tile.v, args, task.blocks, {position, end, first_value},
+                                        [&](int32_t block) { return v_of(args.kv, block, head); });
   };
   int32_t seen[2];
   for (int i = 0; i < 2; ++i) {

@@ -25,6 +25,14 @@ struct AttentionTask {
   int32_t chunk_end;
 };
 
+// What of a K or V comes next: positions [begin, begin + kStepPositions), of which those from `end` on do not exist,
+// and columns from first_column.
+struct AttentionWindow {
+  int32_t begin;
+  int32_t end;
+  int first_column;
+};
+
 struct AttentionArgs {
   Matrix<const Bf16> q;
   KvLayer kv;
@@ -122,21 +130,20 @@ struct AttentionTile {
     }
   }
 
-  // Columns [first_column, first_column + kColumns) of K or V at positions [begin, begin + kStepPositions), those from
-  // `end` on as zeros. of_block(block): where a block of the head begins.
+  // The window of K or V, kColumns wide; zeros where nothing exists. of_block(block): where a block of the head begins.
   template <int kColumns, class OfBlock>
-  __device__ void bring_positions(uint16_t* to, const AttentionArgs& args, const int32_t* blocks, int32_t begin,
-                                  int32_t end, int first_column, const OfBlock& of_block) const {
+  __device__ void bring_window(uint16_t* to, const AttentionArgs& args, const int32_t* blocks,
+                               const AttentionWindow& window, const OfBlock& of_block) const {
     constexpr int kPieces = kColumns / 8;
     for (int i = static_cast<int>(threadIdx.x); i < kStepPositions * kPieces; i += kThreads) {
       const int column = i % kPieces * 8;
-      const int32_t position = begin + i / kPieces;
+      const int32_t position = window.begin + i / kPieces;
       const Bf16* row = nullptr;
-      if (position < end) {
+      if (position < window.end) {
         row = of_block(blocks[position / args.kv.block_tokens]) +
               int64_t{position % args.kv.block_tokens} * args.kv.head_dim;
       }
-      bring(to + i / kPieces * (kColumns + 8) + column, row, first_column + column, args.kv.head_dim, args.wide);
+      bring(to + i / kPieces * (kColumns + 8) + column, row, window.first_column + column, args.kv.head_dim, args.wide);
     }
   }
 

@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfSm) gate_up(FfnArgs arg
   const Task task = args.plan.tasks[blockIdx.x];
   const int32_t column = static_cast<int32_t>(blockIdx.y) * kPanelColumns;
   const Bf16* up = task.blob + int64_t{args.hidden} * args.intermediate;
-  const TileShape shape{task.rows, args.hidden, args.wide_x && blob_is_wide(task.blob)};
+  const TileShape shape{task.rows, args.hidden, args.wide_x && blob_is_wide(task.blob), args.deterministic};
   const auto row_of = [&](int row) {
     return args.x.data + args.pairs[task.begin + row] / args.choices * args.x.stride;
   };
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfSm) gate_up(FfnArgs arg
     args.scratch.data[(task.begin + row) * args.scratch.stride + column + to].bits = to_bf16(silu * value);
   };
   multiply(stages, shape, panel_at(task.blob, args.hidden, column, args.intermediate),
-           panel_at(up, args.hidden, column, args.intermediate), row_of, store, args.deterministic);
+           panel_at(up, args.hidden, column, args.intermediate), row_of, store);
 }
 
 // y = down scratch
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfSm) down(FfnArgs args) 
   const Task task = args.plan.tasks[blockIdx.x];
   const int32_t column = static_cast<int32_t>(blockIdx.y) * 2 * kPanelColumns;
   const Bf16* weights = task.blob + int64_t{2} * args.hidden * args.intermediate;
-  const TileShape shape{task.rows, args.intermediate, args.wide_scratch && blob_is_wide(task.blob)};
+  const TileShape shape{task.rows, args.intermediate, args.wide_scratch && blob_is_wide(task.blob), args.deterministic};
   const auto row_of = [&](int row) { return args.scratch.data + (task.begin + row) * args.scratch.stride; };
   const auto store = [&](int row, int to, float first, float second) {
     float* y = args.y.data + args.pairs[task.begin + row] * args.y.stride;
@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(kTileThreads, kBlocksOfSm) down(FfnArgs args) 
     if (column + kPanelColumns + to < args.hidden) y[column + kPanelColumns + to] = second;
   };
   multiply(stages, shape, panel_at(weights, args.intermediate, column, args.hidden),
-           panel_at(weights, args.intermediate, column + kPanelColumns, args.hidden), row_of, store,
-           args.deterministic);
+           panel_at(weights, args.intermediate, column + kPanelColumns, args.hidden), row_of, store);
 }
 
 int64_t tasks_max(int64_t pairs_max, int64_t num_experts) {

@@ -38,14 +38,10 @@ __global__ void __launch_bounds__(kTileThreads) multiply_linear_tiles(LinearArgs
     store_sum(args, first_row + row, column + to, first);
     store_sum(args, first_row + row, column + kPanelColumns + to, second);
   };
-  const TileShape shape{min(args.x.rows - static_cast<int32_t>(first_row), kTileRows), args.weights.in, args.wide};
-  const Panel first = panel_at(args, column, kPanelColumns);
-  const Panel second = panel_at(args, column + kPanelColumns, kPanelColumns);
-  if (shape.rows <= kSmallTileRows) {
-    multiply_tile<kSmallTileRows>(stages, shape, first, second, row_of, store);
-  } else {
-    multiply_tile<kTileRows>(stages, shape, first, second, row_of, store);
-  }
+  const TileShape shape{min(args.x.rows - static_cast<int32_t>(first_row), kTileRows), args.weights.in, args.wide,
+                        true};
+  multiply(stages, shape, panel_at(args, column, kPanelColumns), panel_at(args, column + kPanelColumns, kPanelColumns),
+           row_of, store);
 }
 
 // A warp a column, kDotRows rows: more blocks than tiles would be.
@@ -54,7 +50,8 @@ __global__ void __launch_bounds__(kTileThreads) multiply_linear_dots(LinearArgs 
   const int32_t column = static_cast<int32_t>(blockIdx.y) * kTileWarps;
   const auto row_of = [&](int row) { return args.x.data + (first_row + row) * args.x.stride; };
   const auto store = [&](int row, int to, float sum, float) { store_sum(args, first_row + row, column + to, sum); };
-  const TileShape shape{min(args.x.rows - static_cast<int32_t>(first_row), kDotRows), args.weights.in, args.wide};
+  const TileShape shape{min(args.x.rows - static_cast<int32_t>(first_row), kDotRows), args.weights.in, args.wide,
+                        false};
   multiply_dots(shape, panel_at(args, column, kTileWarps), {nullptr, 0}, row_of, store);
 }
 

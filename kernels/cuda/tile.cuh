@@ -33,6 +33,7 @@ struct TileShape {
   int32_t rows;   // of x
   int32_t depth;  // K
   bool wide;      // rows of x and W are whole multiples of 16 bytes and begin at such
+  bool tiles;     // whatever the number of rows, so that a row's bits do not depend on it
 };
 
 // ---- tensor cores
@@ -226,11 +227,11 @@ __device__ inline void multiply_dots(const TileShape& shape, const Panel& first,
   }
 }
 
-// The way that the number of rows asks for. deterministic: a tile always, so that a row's bits do not depend on it.
+// The way that the number of rows asks for.
 template <class RowOf, class Store>
 __device__ inline void multiply(uint16_t* stages, const TileShape& shape, const Panel& first, const Panel& second,
-                                const RowOf& row_of, const Store& store, bool deterministic) {
-  if (shape.rows <= kDotRows && !deterministic) {
+                                const RowOf& row_of, const Store& store) {
+  if (shape.rows <= kDotRows && !shape.tiles) {
     multiply_dots(shape, first, second, row_of, store);
   } else if (shape.rows <= kSmallTileRows) {
     multiply_tile<kSmallTileRows>(stages, shape, first, second, row_of, store);
