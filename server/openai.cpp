@@ -117,6 +117,7 @@ void read_common(BodyFields& fields, OpenAiCall& call) {
   }
   read_stream(fields, call);
   read_response_format(fields);
+  if (params.prompt_logprobs.value_or(0) < 0) fields.fail("prompt_logprobs", "must not be negative");
   if (call.stream && params.prompt_logprobs) fields.fail("prompt_logprobs", "cannot be streamed");
   refuse_true(fields, {"use_beam_search", "return_tokens_as_token_ids"});
   refuse_present(fields, {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",

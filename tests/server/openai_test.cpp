@@ -165,6 +165,7 @@ TEST(OpenAiRequest, WrongTypesNameTheField) {
   EXPECT_EQ(completion(R"("logprobs":-1)").status().param(), "logprobs");
   EXPECT_EQ(parse_chat_request("{}", kDepth).status().param(), "messages");
   EXPECT_EQ(parse_chat_request(R"({"messages":[]})", kDepth).status().param(), "messages");
+  EXPECT_EQ(chat(R"("prompt_logprobs":-1)").status().param(), "prompt_logprobs");
   EXPECT_EQ(chat(R"("stream":true,"prompt_logprobs":1)").status().param(), "prompt_logprobs");
 }
 
