@@ -32,7 +32,7 @@ Status OpenedEngine::start(const Model& model, const DenseWeights& weights, cons
   return Status();
 }
 
-OpenedEngine::OpenedEngine(std::unique_ptr<Device> device) : device_(std::move(device)) {}
+OpenedEngine::OpenedEngine(std::unique_ptr<Device> device) : device_(std::move(device)), pins_(*device_) {}
 
 OpenedEngine::~OpenedEngine() = default;
 

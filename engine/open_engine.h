@@ -6,6 +6,7 @@
 
 #include "engine/hybrid_engine.h"
 #include "kernels/traced_device.h"
+#include "offload/host_pins.h"
 #include "plan/profile.h"
 
 namespace moed {
@@ -29,6 +30,8 @@ class OpenedEngine {
   ~OpenedEngine();
   // Once. Errors: as make_engine. model, weights and experts outlive it.
   Status start(const Model& model, const DenseWeights& weights, const ExpertStore& experts, const EngineConfig& config);
+  // For ExpertStore::load() and RingConfig, so that experts are pinned while others are read. The store outlives this.
+  HostPins& pins() { return pins_; }
   // REQUIRES: started.
   Engine& engine() { return *engine_; }
   // What the device may give out of memory of its own; 0: it has none.
@@ -50,6 +53,7 @@ class OpenedEngine {
   explicit OpenedEngine(std::unique_ptr<Device> device);
   std::unique_ptr<Device> device_;
   DeviceTrace* trace_ = nullptr;  // of device_
+  HostPins pins_;
   std::unique_ptr<Engine> engine_;
 };
 

@@ -40,7 +40,10 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
   const int64_t stride = stride_bytes(store.shape_);
   const int64_t bytes = store.blobs_bytes_ = stride * num_moe_layers * store.num_experts_;
   MOED_ASSIGN_OR_RETURN(store.arena_, source.hollow() ? HugePages::reserve(bytes) : HugePages::allocate(bytes));
-  if (source.hollow()) return store;
+  if (source.hollow()) {
+    if (pins != nullptr) store.pin(*pins);
+    return store;
+  }
   std::vector<TensorLoad> loads;
   std::byte* blob = store.arena_.data();
   for (ExpertId id; id.layer < config.num_layers; ++id.layer) {

@@ -179,9 +179,10 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
     progress(std::min(loaded, total), total);
   };
   MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, advance));
-  MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, advance));
-
-  const EngineConfig config = engine_config(limits, budget, planning);
+  EngineConfig config = engine_config(limits, budget, planning);
+  HostPins* const pins = config.ring.num_slots > 0 ? &opened->pins() : nullptr;
+  config.ring.pins = pins;
+  MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, advance, pins));
   const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, planning.rates.host_flops);
   auto backend = std::make_unique<LoadedBackend>(std::move(opened), std::move(weights), std::move(experts),
                                                  std::move(budget), prior, std::move(planning));

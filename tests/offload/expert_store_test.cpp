@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 
 #include "tests/model/checkpoint_writer.h"
+#include "tests/offload/fake_device.h"
 
 namespace moed {
 namespace {
@@ -61,6 +62,31 @@ TEST(ExpertStore, MixtralsW3IsUpAndW2IsDown) {
   expect_tensor(store->blob({3, 4}).gate(), *dummy, at + "w1.weight", 800);
   expect_tensor(store->blob({3, 4}).up(), *dummy, at + "w3.weight", 800);
   expect_tensor(store->blob({3, 4}).down(), *dummy, at + "w2.weight", 800);
+}
+
+TEST(ExpertStore, IsPinnedPieceByPieceAsItIsRead) {
+  const Model model = small_model("Qwen3MoeForCausalLM", R"(, "mlp_only_layers": [2])");
+  const auto source = dummy_weights(model, 5);
+  FakeDevice device({}, open_device("cpu", {.num_threads = 1}).value());
+  HostPins pins(device, 4000);
+  {
+    int64_t progressed = 0;
+    const auto store = ExpertStore::load(
+        model, *source, [&](int64_t bytes) { progressed += bytes; }, &pins);
+    ASSERT_TRUE(store.ok()) << store.status().message();
+    EXPECT_EQ(progressed, 15 * store->shape().bytes());
+    // 15 experts, two in a piece, each on its own cache lines.
+    ASSERT_EQ(device.pins().size(), 8U);
+    EXPECT_EQ(pins.bytes(), store->blobs_bytes());
+    for (const int32_t layer : {0, 1, 3}) {
+      for (int32_t expert = 0; expert < 5; ++expert) {
+        EXPECT_TRUE(pins.covers(store->blob({layer, expert}).data, store->shape().bytes()));
+      }
+    }
+    const auto unpinned = ExpertStore::load(model, *source, {});
+    const BlobView blob = unpinned->blob({3, 4});
+    EXPECT_EQ(std::memcmp(store->blob({3, 4}).data, blob.data, static_cast<size_t>(blob.shape.bytes())), 0);
+  }
 }
 
 TEST(ExpertStore, OfADenseModelIsEmpty) {
