@@ -11,13 +11,16 @@ moed=$build/cuda/moed
 
 result() { echo "cuda $1: $2" | tee -a "$report"; }
 
-build_daemon() {
-  cmake --preset cuda --log-level=WARNING >/dev/null && cmake --build "$build" --target moed -j "$jobs"
+# The suites of tools/gpu_check.sh come along: without a GPU they run on the emulated device, so that a GPU's machine
+# is not the first to try them.
+targets=(moed gpu_ops_test gpu_same_bits_test gpu_probe gpu_report)
+build_all() {
+  cmake --preset cuda --log-level=WARNING >/dev/null && cmake --build "$build" -j "$jobs" --target "${targets[@]}"
 }
 
-# What the daemon says when it is asked to serve on the GPU: with a driver that is up to the driver; without one it is
-# one line that names the reason, and exit code 1.
-check_without_driver() {
+# What the daemon says when it is asked to serve on the GPU of a machine without a driver: one line that names the
+# reason, and exit code 1.
+says_why_not() {
   local said code=0
   said=$("$moed" serve --model models/demo --device cuda --http-port 0 --grpc-port 0 2>&1 </dev/null) || code=$?
   said=$(grep -v ' info ' <<<"$said")
@@ -25,17 +28,55 @@ check_without_driver() {
   [ "$code" = 1 ] && [ "$(wc -l <<<"$said")" = 1 ] && grep -q 'device cuda: .*driver' <<<"$said"
 }
 
+probes() {
+  local folder=$build/gpu-report
+  rm -rf "$folder" && mkdir -p "$folder"
+  "$build/tests/gpu/gpu_probe" "$device" "$folder/probe.json" $([ "$device" = cuda ] || echo --tiny) >/dev/null
+  echo "rehearsal of $device" >"$folder/machine.txt"
+  echo "probe passed 0" >"$folder/steps.txt"
+  "$build/tests/gpu/gpu_report" "$folder"
+}
+
+# The archive holds what its own CMake lists name.
+bundles() {
+  local folder=$build/gpu-bundle package options=()
+  rm -rf "$folder" && mkdir -p "$folder"
+  tools/gpu_bundle.sh "$folder/moed-gpu.tar.gz"
+  tar -xzf "$folder/moed-gpu.tar.gz" -C "$folder"
+  for package in spdlog nlohmann_json CLI11 GTest; do
+    options+=("-D${package}_DIR=$PWD/$folder/moed-gpu/cmake/bundle")
+  done
+  cmake -S "$folder/moed-gpu" -B "$folder/build" -DMOED_ENGINE_ONLY=ON -DMOED_ONEDNN=OFF --log-level=WARNING \
+    "${options[@]}" >/dev/null
+}
+
+check() {
+  local name=$1 code=0
+  shift
+  "$@" >"$build/cuda-$name.log" 2>&1 || code=$?
+  if [ "$code" = 0 ]; then result "$name" passed; return 0; fi
+  tail -n 30 "$build/cuda-$name.log"
+  result "$name" failed
+  failed=1
+}
+
 tools/install_deps.sh cuda
 # The tree goes back to what `make build` and `make test` expect, whatever happens.
 trap 'cmake --preset release --log-level=WARNING >/dev/null' EXIT
-if build_daemon; then result build passed; else result build failed; exit 1; fi
+if build_all; then result build passed; else result build failed; exit 1; fi
+failed=0
+device=emulated
 if nvidia-smi -L >/dev/null 2>&1; then
-  echo "cuda: $(nvidia-smi -L | head -1); serve there: make serve"
-elif [ ! -e models/demo/config.json ]; then
-  echo "cuda: no demo model, so nothing was started (make demo)"
-elif check_without_driver; then
-  result says-why-not passed
+  device=cuda
+  nvidia-smi -L
+elif [ -e models/demo/config.json ]; then
+  check says-why-not says_why_not
 else
-  result says-why-not failed
-  exit 1
+  echo "cuda: no demo model, so the daemon was not started (make demo)"
 fi
+export MOED_TEST_DEVICE=$device
+check ops "$build/tests/gpu/gpu_ops_test"
+check same-bits "$build/tests/gpu/gpu_same_bits_test"
+check probe probes
+check bundle bundles
+exit "$failed"
