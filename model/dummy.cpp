@@ -1,14 +1,20 @@
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <map>
 #include <type_traits>
+#include <vector>
 
 #include <fmt/format.h>
 
+#include "base/thread_pool.h"
 #include "model/required_tensors.h"
 
 namespace moed {
 namespace {
+
+// Elements that one thread fills at least.
+constexpr int64_t kPartMin = int64_t{1} << 18;
 
 // SplitMix64's finaliser: a counter in, a random word out, so that any part of any tensor can be made alone.
 uint64_t mixed(uint64_t x) {
@@ -80,18 +86,29 @@ class DummySource : public TensorSource {
     const float step = static_cast<float>(deviation(found->second) * std::sqrt(3.0) / 32768.0);
     const float mean = found->second.use == TensorUse::kNorm ? 1.0F : 0.0F;
     const uint64_t base = seed_ ^ name_hash(name);
-    for (int64_t i = 0; i < elements; i += 4) {
-      uint64_t word = mixed(base + static_cast<uint64_t>(i / 4 + 1) * 0x9e3779b97f4a7c15ULL);
-      for (int64_t j = i; j < std::min(i + 4, elements); ++j, word >>= 16) {
-        const float value = static_cast<float>(static_cast<int32_t>(word & 0xffffU) - 32768) + 0.5F;
-        const Bf16 rounded(mean + step * value);
-        if constexpr (std::is_same_v<T, float>) {
-          out[j] = static_cast<float>(rounded);
-        } else {
-          out[j] = rounded;
+    const auto fill_range = [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += 4) {
+        uint64_t word = mixed(base + static_cast<uint64_t>(i / 4 + 1) * 0x9e3779b97f4a7c15ULL);
+        for (int64_t j = i; j < std::min(i + 4, end); ++j, word >>= 16) {
+          const float value = static_cast<float>(static_cast<int32_t>(word & 0xffffU) - 32768) + 0.5F;
+          const Bf16 rounded(mean + step * value);
+          if constexpr (std::is_same_v<T, float>) {
+            out[j] = static_cast<float>(rounded);
+          } else {
+            out[j] = rounded;
+          }
         }
       }
+    };
+    // A large model is as much as a minute of one thread; a part is worth starting one.
+    const int64_t num_parts = std::clamp<int64_t>(elements / kPartMin, 1, default_compute_threads());
+    const int64_t part = (elements / num_parts + 3) / 4 * 4;
+    std::vector<std::future<void>> others;
+    for (int64_t begin = part; begin < elements; begin += part) {
+      others.push_back(std::async(std::launch::async, fill_range, begin, std::min(begin + part, elements)));
     }
+    fill_range(0, std::min(part, elements));
+    for (std::future<void>& other : others) other.get();
     return Status();
   }
 
