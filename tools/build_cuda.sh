@@ -30,19 +30,21 @@ says_why_not() {
 
 probes() {
   local folder=$build/gpu-report
-  rm -rf "$folder" && mkdir -p "$folder"
-  "$build/tests/gpu/gpu_probe" "$device" "$folder/probe.json" $([ "$device" = cuda ] || echo --tiny) >/dev/null
-  echo "rehearsal of $device" >"$folder/machine.txt"
-  echo "probe passed 0" >"$folder/steps.txt"
-  "$build/tests/gpu/gpu_report" "$folder"
+  local size=()
+  if [ "$device" = emulated ]; then size=(--tiny); fi
+  # A function that is asked for its result does not stop at what fails in it.
+  rm -rf "$folder" && mkdir -p "$folder" &&
+    "$build/tests/gpu/gpu_probe" "$device" "$folder/probe.json" "${size[@]}" >/dev/null &&
+    echo "device $device" >"$folder/machine.txt" && echo "probe passed 0" >"$folder/steps.txt" &&
+    "$build/tests/gpu/gpu_report" "$folder"
 }
 
 # The archive holds what its own CMake lists name.
 bundles() {
   local folder=$build/gpu-bundle package options=()
-  rm -rf "$folder" && mkdir -p "$folder"
-  tools/gpu_bundle.sh "$folder/moed-gpu.tar.gz"
-  tar -xzf "$folder/moed-gpu.tar.gz" -C "$folder"
+  rm -rf "$folder" && mkdir -p "$folder" || return 1
+  tools/gpu_bundle.sh "$folder/moed-gpu.tar.gz" || return 1
+  tar -xzf "$folder/moed-gpu.tar.gz" -C "$folder" || return 1
   for package in spdlog nlohmann_json CLI11 GTest; do
     options+=("-D${package}_DIR=$PWD/$folder/moed-gpu/cmake/bundle")
   done
