@@ -16,14 +16,14 @@ namespace {
 
 constexpr double kShares[] = {0.10, 0.25, 0.50};
 
-void print_row(const std::string& name, const std::vector<Trace>& layers, int32_t num_experts) {
+void print_row(const std::string& name, const std::vector<Trace>& layers, int32_t num_experts, size_t period) {
   std::printf("| %s |", name.c_str());
   for (const double share : kShares) {
     const auto slots = std::max(1, static_cast<int32_t>(share * num_experts));
-    const Hits hits = play(layers, num_experts, std::max(3, slots * static_cast<int32_t>(layers.size())));
+    const Hits hits = play(layers, num_experts, std::max(3, slots * static_cast<int32_t>(layers.size())), period);
     const auto part = [](int64_t some, int64_t all) { return static_cast<double>(some) / static_cast<double>(all); };
-    std::printf(" %.3f | %.3f | %.3f |", part(hits.ring, hits.wanted), part(hits.optimal, hits.wanted),
-                part(hits.ring, hits.optimal));
+    std::printf(" %.3f | %.3f | %.3f | %.3f |", part(hits.ring, hits.wanted), part(hits.optimal, hits.wanted),
+                part(hits.ring, hits.optimal), part(hits.fixed, hits.optimal));
   }
   std::printf("\n");
   std::fflush(stdout);
@@ -31,8 +31,8 @@ void print_row(const std::string& name, const std::vector<Trace>& layers, int32_
 
 void print_head() {
   std::printf("| trace |");
-  for (const double share : kShares) std::printf(" %.0f%%: ring | optimum | of it |", share * 100);
-  std::printf("\n|---|---|---|---|---|---|---|---|---|---|\n");
+  for (const double share : kShares) std::printf(" %.0f%%: ring | optimum | ring of it | fixed of it |", share * 100);
+  std::printf("\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
 }
 
 void zipf_table() {
@@ -46,7 +46,7 @@ void zipf_table() {
       }
       char name[64];
       std::snprintf(name, sizeof(name), "Zipf %.1f, %d row%s", exponent, rows, rows == 1 ? "" : "s");
-      print_row(name, layers, 128);
+      print_row(name, layers, 128, static_cast<size_t>(2000 / rows));
     }
   }
 }
@@ -71,7 +71,7 @@ int recorded_table(const char* path, int32_t num_experts) {
   for (Trace& trace : layers) trace.resize(layers.back().size());
   if (layers.empty()) return 1;
   print_head();
-  print_row("recorded", layers, num_experts);
+  print_row("recorded", layers, num_experts, layers[0].size());
   return 0;
 }
 

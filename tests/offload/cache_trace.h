@@ -13,13 +13,14 @@ namespace moed {
 struct Hits {
   int64_t wanted = 0;
   int64_t optimal = 0;
+  int64_t fixed = 0;  // fixed_hits()
   int64_t ring = 0;
 };
 
 // Plays traces, one a layer, all of as many visits, to a ring on the host device as the engine would: what is there is
 // leased, the router's answer comes, the rest is copied. num_slots are all that the ring has; the optimum gets as many,
 // num_slots / layers each.
-inline Hits play(const std::vector<Trace>& layers, int32_t num_experts, int32_t num_slots) {
+inline Hits play(const std::vector<Trace>& layers, int32_t num_experts, int32_t num_slots, size_t period = 2000) {
   const auto num_layers = static_cast<int32_t>(layers.size());
   RingBox box({.num_layers = num_layers, .num_experts = num_experts, .hidden = 8, .intermediate = 6}, "cpu");
   const auto ring = box.ring({.num_slots = num_slots, .staging_slots = 2, .resident = {}});
@@ -45,7 +46,10 @@ inline Hits play(const std::vector<Trace>& layers, int32_t num_experts, int32_t 
       }
     }
   }
-  for (const Trace& layer : layers) hits.optimal += optimal_hits(layer, num_experts, num_slots / num_layers);
+  for (const Trace& layer : layers) {
+    hits.optimal += optimal_hits(layer, num_experts, num_slots / num_layers);
+    hits.fixed += fixed_hits(layer, num_experts, num_slots / num_layers, period);
+  }
   return hits;
 }
 

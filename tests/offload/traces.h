@@ -83,4 +83,19 @@ inline int64_t optimal_hits(const Trace& trace, int32_t num_experts, int32_t cap
   return hits;
 }
 
+// Hits of the best set of `capacity` experts that stays for `period` visits, chosen afterwards for each period: what
+// there is to know of how popular experts are.
+inline int64_t fixed_hits(const Trace& trace, int32_t num_experts, int32_t capacity, size_t period) {
+  int64_t hits = 0;
+  for (size_t begin = 0; begin < trace.size(); begin += period) {
+    std::vector<int64_t> uses(num_experts);
+    for (size_t visit = begin; visit < std::min(begin + period, trace.size()); ++visit) {
+      for (const int32_t expert : trace[visit]) ++uses[expert];
+    }
+    std::sort(uses.rbegin(), uses.rend());
+    hits += std::accumulate(uses.begin(), uses.begin() + std::min(capacity, num_experts), int64_t{0});
+  }
+  return hits;
+}
+
 }  // namespace moed
