@@ -3,7 +3,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "server/openai_answer.h"
 
@@ -182,6 +185,37 @@ TEST(OpenAiRequest, KnownAndNotSupportedIsRefusedNotIgnored) {
   }
   EXPECT_FALSE(completion(R"("suffix":"x")").ok());
   EXPECT_FALSE(completion(R"("best_of":3)").ok());
+}
+
+// Each row of docs/API.md's table, "| `field` | door | ...", against what the parser asks for.
+TEST(OpenAiRequest, TheDocumentListsEveryField) {
+  std::ifstream file(std::string(MOED_SOURCE_DIR) + "/docs/API.md");
+  std::set<std::string, std::less<>> listed[2];  // completions, chat
+  std::map<std::string, std::string> refused;
+  bool inside = false;
+  for (std::string line; std::getline(file, line);) {
+    if (line.starts_with("## ")) inside = line == "## Request fields";
+    if (!inside || !line.starts_with("| `")) continue;
+    const size_t end = line.find('`', 3);
+    const std::string name = line.substr(3, end - 3);
+    const std::string rest = line.substr(end);
+    const bool both = rest.starts_with("` | both |");
+    EXPECT_TRUE(both || rest.starts_with("` | chat |") || rest.starts_with("` | completions |")) << line;
+    if (both || rest.starts_with("` | chat |")) listed[1].insert(name);
+    if (both || rest.starts_with("` | completions |")) listed[0].insert(name);
+    if (rest.find("| refused") != std::string::npos)
+      refused[name] = rest.starts_with("` | completions |") ? "" : "chat";
+  }
+  EXPECT_EQ(listed[1], request_field_names(true));
+  EXPECT_EQ(listed[0], request_field_names(false));
+  EXPECT_GE(refused.size(), 10u);
+  for (const auto& [name, door] : refused) {
+    const bool flag = name.starts_with("use_") || name.starts_with("return_") || name == "echo";
+    const std::string field = "\"" + name + "\":" + (flag ? "true" : "{\"a\":1}");
+    const auto call = door == "chat" ? chat(field) : completion(field);
+    EXPECT_EQ(call.status().param(), name);
+    EXPECT_EQ(call.status().detail(), "unsupported_parameter") << name;
+  }
 }
 
 TEST(OpenAiRequest, PromptsInAllFourShapes) {
