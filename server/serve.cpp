@@ -3,9 +3,11 @@
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <string>
@@ -77,6 +79,22 @@ class ExitOnSignal {
   std::thread thread_;
 };
 
+// Descriptors besides those of HTTP connections: gRPC's, listeners, weights.
+constexpr int64_t kOtherFiles = 2048;
+
+// Shells allow 1024 open files or so, which connections would use up.
+void raise_open_files(int64_t connections_max) {
+  rlimit files{};
+  if (getrlimit(RLIMIT_NOFILE, &files) != 0) return;
+  const auto wanted = static_cast<rlim_t>(connections_max + kOtherFiles);
+  if (files.rlim_cur >= wanted) return;
+  files.rlim_cur = std::min(wanted, files.rlim_max);
+  if (setrlimit(RLIMIT_NOFILE, &files) != 0 || files.rlim_cur < wanted) {
+    spdlog::warn("at most {} files may be open; limits.connections_max of {} wants {}", files.rlim_cur, connections_max,
+                 wanted);
+  }
+}
+
 int fail(const Status& status) {
   std::fprintf(stderr, "moed: %s\n", status.message().c_str());
   return 1;
@@ -111,6 +129,7 @@ int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
   init_log(settings.server.log_level, settings.server.log_json);
   for (const std::string& warning : loaded.warnings) spdlog::warn("{}", warning);
 
+  raise_open_files(settings.limits.connections_max);
   auto keys = ApiKeys::load(settings.server.api_key_file, settings.server.api_key);
   if (!keys.ok()) return fail(keys.status());
   Daemon daemon(settings, std::move(*keys));

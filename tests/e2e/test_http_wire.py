@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import threading
@@ -11,7 +12,7 @@ import time
 import openai
 import pytest
 import requests
-from conftest import LOADING, MOED, READY, Daemon
+from conftest import FAKE, LOADING, MOED, READY, ROOT, Daemon, write_tiny_model
 
 # The fake engine's tokens depend on the seed even at temperature 0: what is compared gives one.
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -244,6 +245,19 @@ def test_routes_for_probes_and_people(fake):
         assert name in requests.get(fake.url + "/metrics", timeout=10).text
 
 
+def test_info_holds_the_limits(start_fake):
+    """Each setting that docs/API.md names as a limit, with the value in force."""
+    document = (ROOT / "docs/API.md").read_text(encoding="utf-8")
+    names = re.findall(r"`((?:limits|scheduler)\.\w+)`", document.split("## Limits")[1].split("\n## ")[0])
+    daemon = start_fake("--n-max", "7", "--stop-max", "9")
+    settings = requests.get(daemon.url + "/info", timeout=10).json()["settings"]
+    for name in names:
+        section, key = name.split(".")
+        assert isinstance(settings[section][key], (int, float)), name
+    assert settings["limits"]["n_max"] == 7 and settings["limits"]["stop_max"] == 9
+    assert {f"limits.{key}" for key in settings["limits"]} <= set(names), "a limit that the document lacks"
+
+
 def test_loading_is_told(start_fake):
     """The ports are open before the model is there."""
     daemon = start_fake(said=LOADING, FAKE_LOAD_MS="2000")
@@ -351,3 +365,51 @@ def test_drain_lets_streams_end(start_fake):
     chunks += list(stream)
     assert chunks[-1].choices[0].finish_reason == "length"
     assert daemon.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("config, tokenizer, generation, ends", [
+    (256, {}, {}, [256]), (None, {"eos_token": "<eos>"}, {}, [256]), (None, {"eos_token": {"content": "<eos>"}}, {}, [256]),
+    (256, {"eos_token": "<eos>"}, {"eos_token_id": [97, 98]}, [97, 98, 256]), ([256, 99], {}, {"eos_token_id": 97}, [97]),
+])
+def test_where_an_answer_ends(start_fake, tmp_path, config, tokenizer, generation, ends):
+    """EOS of generation_config.json, else of config.json; and the tokenizer's."""
+    folder = write_tiny_model(tmp_path / "model")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"eos_token_id": config}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    daemon = start_fake(model=folder)
+    for token in (97, 98, 99, 256):
+        body = {"prompt": "hello", "max_tokens": 3, "allowed_token_ids": [token]}
+        answer = requests.post(daemon.url + "/v1/completions", json=body, timeout=10).json()
+        assert answer["choices"][0]["finish_reason"] == ("stop" if token in ends else "length"), (token, ends)
+        assert answer["usage"]["completion_tokens"] == (1 if token in ends else 3)
+        assert answer["choices"][0]["text"] == ("" if token in ends + [256] else chr(token) * 3)
+
+
+def test_several_names(start_fake):
+    daemon = start_fake("--served-model-name", "org/first", "--served-model-name", "second")
+    client = openai.OpenAI(base_url=daemon.url + "/v1", api_key="none", max_retries=0)
+    assert [model.id for model in client.models.list()] == ["org/first", "second"]
+    assert client.models.retrieve("org/first").id == "org/first"
+    for name in ("org/first", "second"):
+        assert client.completions.create(model=name, prompt="a", max_tokens=1).model == name
+    answer = requests.post(daemon.url + "/v1/completions", json={"prompt": "a", "max_tokens": 1}, timeout=10)
+    assert answer.json()["model"] == "org/first"
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="tiny", prompt="a")
+
+
+def test_more_connections_than_the_shell_allows(tiny_model, tmp_path):
+    """The usual limit of open files is below connections_max: the daemon raises it as far as it may."""
+    wrapper = tmp_path / "limited"
+    wrapper.write_text(f'#!/bin/sh\nulimit -S -n 256\nexec {FAKE} "$@"\n')
+    wrapper.chmod(0o755)
+    daemon = Daemon(wrapper, tiny_model)
+    try:
+        held = [socket.create_connection(("127.0.0.1", daemon.http_port), timeout=10) for _ in range(600)]
+        assert requests.get(daemon.url + "/live", timeout=10).status_code == 200
+        for connection in held:
+            connection.close()
+    finally:
+        assert daemon.stop() == 0, daemon.log
