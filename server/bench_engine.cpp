@@ -263,8 +263,10 @@ void print_stretch(std::string_view name, const Json& json) {
 }
 
 void print(const Json& json) {
-  const bool simulated = json["simulated"].get<bool>();
-  const std::string mark = simulated ? "simulated " : "";
+  // Neither of these measures speed, and each figure says so.
+  const std::string device = json["device"].get<std::string>();
+  const bool real = !device.starts_with("simulated:") && !device.starts_with("emulated:");
+  const std::string mark = real ? "" : device.substr(0, device.find(':')) + " ";
   const auto ms = [&](const char* part, const char* field) { return json[part][field].get<double>(); };
   fmt::print("{}\n{}, policy {}, KV {}, {} halves, {} expert slots, {} resident\n", json["device"].get<std::string>(),
              json["model"].get<std::string>(), json["policy"].get<std::string>(), json["kv"].get<std::string>(),

@@ -155,7 +155,7 @@ class SimulatedStream final : public Stream {
   void enqueue(OpCall call) {
     Simulation& simulation = simulation_;
     simulation.timeline.spend(simulation.machine.calls.launch_us);
-    const auto shared = std::make_shared<OpCall>(std::move(call));
+    const auto shared = std::make_shared<OpCall>(call);
     simulation.timeline.enqueue(
         index_, Resource::kKernels, [&simulation, shared] { return simulation.kernel_work(*shared); },
         [&simulation, shared] { simulation.answers.write(*shared, simulation.memory); });
@@ -204,7 +204,7 @@ class SimulatedOps final : public QueuedOps {
   Status reserve(const OpLimits&) override { return {}; }
 
  private:
-  void enqueue(OpCall call, Stream& stream) override { static_cast<SimulatedStream&>(stream).enqueue(std::move(call)); }
+  void enqueue(OpCall call, Stream& stream) override { static_cast<SimulatedStream&>(stream).enqueue(call); }
 };
 
 // The host lane: what it is given is done when the call returns.

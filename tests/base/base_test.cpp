@@ -196,6 +196,15 @@ TEST(HugePages, MovesItsOwnership) {
   third.data()[0] = std::byte{1};
 }
 
+// More than this box has: only what is written costs memory.
+TEST(HugePages, ReservesAddresses) {
+  StatusOr<HugePages> pages = HugePages::reserve(int64_t{4} << 40);
+  ASSERT_TRUE(pages.ok()) << pages.status().message();
+  EXPECT_EQ(pages->size(), int64_t{4} << 40);
+  pages->data()[int64_t{3} << 40] = std::byte{7};
+  EXPECT_EQ(pages->data()[(int64_t{3} << 40) + 1], std::byte{0});
+}
+
 TEST(HugePages, NothingAndTooMuch) {
   EXPECT_EQ(HugePages::allocate(0)->size(), 0);
   const StatusOr<HugePages> huge = HugePages::allocate(int64_t{1} << 60);
