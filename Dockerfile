@@ -2,6 +2,7 @@
 # docker run --rm -p 127.0.0.1:8000:8000 -v /path/to/checkpoint:/models:ro -e MOED_API_KEY=secret moed
 # Inside the container the daemon binds every address, so it wants a key; `--insecure` waives it (deploy/compose.yaml
 # does, and publishes on loopback only).
+# Without CUDA: cublasLt alone is five times as large as all else. On a machine with a GPU, `make serve`.
 ARG BASE=debian:bookworm-slim
 
 FROM ${BASE} AS build

@@ -118,7 +118,9 @@ const SettingRow kRows[] = {
     {"limits.header_bytes_max", at<&S::limits, &S::Limits::header_bytes_max>, "Bytes of a request's headers", 1024,
      1 << 20},
     {"limits.reading_bytes_max", at<&S::limits, &S::Limits::reading_bytes_max>,
-     "Bytes of all HTTP bodies that are being received or parsed; requests beyond are refused (429)", 1 << 20, 1e12},
+     "Bytes of all HTTP bodies that are being received or parsed; requests beyond are refused (429). As many again for "
+     "what gRPC receives",
+     1 << 20, 1e12},
     {"limits.request_id_bytes_max", at<&S::limits, &S::Limits::request_id_bytes_max>,
      "Bytes of a client's request id; a longer one is replaced", 1, 1024},
     {"limits.queued_text_bytes_max", at<&S::limits, &S::Limits::queued_text_bytes_max>,
