@@ -3,6 +3,7 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/resource_quota.h>
 
 #include <algorithm>
 #include <boost/asio/io_context.hpp>
@@ -376,6 +377,10 @@ bool GrpcServer::State::listen(const Settings::Limits& limits, const std::string
   if (!also.empty()) builder.AddListeningPort(also, grpc::InsecureServerCredentials());
   builder.RegisterService(&inference);
   builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(limits.body_bytes_max, INT32_MAX)));
+  // Beyond it gRPC gives calls up, those that hold memory first.
+  grpc::ResourceQuota quota("moed");
+  quota.Resize(static_cast<size_t>(limits.reading_bytes_max));
+  builder.SetResourceQuota(quota);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsMax);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
