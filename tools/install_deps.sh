@@ -13,9 +13,9 @@ apt_build=(g++ cmake ninja-build ccache pkg-config ca-certificates rustc-web car
   libboost1.81-dev libssl-dev
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
   libdnnl-dev prometheus-cpp-dev libspdlog-dev nlohmann-json3-dev libcli11-dev libtomlplusplus-dev
-  libgtest-dev libbenchmark-dev)
+  libgtest-dev libbenchmark-dev libboost-context1.81-dev)
 apt_serve=("${apt_build[@]}" python3 python3-venv curl)
-apt_test=("${apt_serve[@]}" libboost-context1.81-dev clang-16 clang-tidy-16 clang-format-16 libclang-rt-16-dev)
+apt_test=("${apt_serve[@]}" clang-16 clang-tidy-16 clang-format-16 libclang-rt-16-dev)
 apt_cuda=("${apt_build[@]}" python3 python3-venv)
 apt_runtime=(ca-certificates libssl3 libgrpc++1.51 libprotobuf32 libdnnl2 libgomp1
   libprometheus-cpp-core1.0 libspdlog1.10 libtomlplusplus3)
