@@ -25,9 +25,9 @@ BOUNDS = [
     ("device: Qwen3-30B-A3B resident, 64 clients", "h200", "--shape qwen3-30b-a3b --policy device --kv device "
      "--clients 64 --prompt 64 --new 64"),
     ("attention of the host: Mixtral, 16 layers, 64 contexts of 2k, two halves", "h200", "--shape mixtral-8x7b "
-     "--layers 16 --policy device --kv host --halves 2 --clients 64 --prompt 2048 --new 400 --pass-rows-max 4096"),
+     "--layers 16 --policy device --kv host --halves 2 --clients 64 --prompt 2048 --new 400 --pass-rows-max 8192 --yield-layers 48"),
     ("attention of the host: Qwen3-30B-A3B, 64 contexts of 2k, two halves", "h200", "--shape qwen3-30b-a3b "
-     "--policy device --kv host --halves 2 --clients 64 --prompt 2048 --new 400 --pass-rows-max 4096"),
+     "--policy device --kv host --halves 2 --clients 64 --prompt 2048 --new 400 --pass-rows-max 8192 --yield-layers 48"),
 ]
 HALVES = ("h200", "--shape mixtral-8x7b --layers 8 --policy device --kv host --clients 2048 --prompt 16 --new 40 "
           "--pass-rows-max 4096")
