@@ -113,6 +113,19 @@ TEST_F(HttpApiTest, FailuresMidway) {
   EXPECT_EQ(reply.find("[DONE]"), std::string::npos);
 }
 
+// The head goes out before the first token; comments keep proxies from giving the silence up.
+TEST_F(HttpApiTest, AStreamThatIsSilentIsPinged) {
+  service_.token_us = 450'000;
+  const std::string body = R"({"messages":[{"role":"user","content":"hi"}],"max_tokens":1,"stream":true})";
+  HttpSocket client(server_->port());
+  client.send("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: " +
+              std::to_string(body.size()) + "\r\n\r\n" + body);
+  EXPECT_NE(client.read_until("\r\n\r\n", 0.3).find("text/event-stream"), std::string::npos);
+  const std::string before = client.read_until("data: ");
+  EXPECT_NE(before.find(": ping\n\n\r\n8\r\n: ping\n\n"), std::string::npos) << before;
+  EXPECT_NE(client.read_until("[DONE]").find("Hello"), std::string::npos);
+}
+
 TEST_F(HttpApiTest, ClientsThatLeaveCancel) {
   service_.token_us = 20000;
   for (const std::string& more : {std::string(R"(,"stream":true})"), std::string("}")}) {
