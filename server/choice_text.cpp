@@ -57,6 +57,9 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
     if (!held_.empty()) held_.back().end = produced_bytes_;
     release(matcher_.pass(tail), delta);
     delta.stop_token = event.stop_token;
+    // Its score is wanted all the same: lm-eval drops the last one of a prompt and one token, whichever that is.
+    const bool unseen = event.has_token && event.stop_token >= 0 && !options_.include_stop;
+    if (unseen && options_.logprobs) delta.tokens.push_back(token_text(tokenizer_, event.token, true));
     end(event.finish, delta);
   }
   delta.num_tokens = num_tokens_;

@@ -104,6 +104,22 @@ TEST_F(ChoiceTextTest, LogprobsTravelWithHeldText) {
   EXPECT_FLOAT_EQ(*deltas[0].tokens[0].logprob, -0.5F);
 }
 
+// lm-eval asks for one token behind a text and drops that token's score: it must be there when the token ends the choice.
+TEST_F(ChoiceTextTest, TheStopTokenHasItsScoreAndNoText) {
+  ChoiceTextOptions options;
+  options.logprobs = true;
+  ChoiceText choice(*tokenizer_, 0, options, {});
+  TokenEvent event = event_of('e', FinishReason::kStop);
+  event.stop_token = 'e';
+  std::vector<Delta> deltas;
+  ASSERT_TRUE(choice.push(event, deltas).ok());
+  ASSERT_EQ(deltas.size(), 1U);
+  EXPECT_EQ(deltas[0].text, "");
+  ASSERT_EQ(deltas[0].tokens.size(), 1U);
+  EXPECT_EQ(deltas[0].tokens[0].token, 'e');
+  EXPECT_FLOAT_EQ(*deltas[0].tokens[0].logprob, -0.5F);
+}
+
 // Clients that train on answers need each id once, whatever became of its text.
 TEST_F(ChoiceTextTest, EveryTokenIdIsToldOnce) {
   for (const char* const stop : {"xyz", "cd", "never"}) {
