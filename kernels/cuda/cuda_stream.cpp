@@ -36,7 +36,10 @@ bool CudaEvent::done() const {
   check_recorded("done");
   if (recorder_ == Recorder::kHost) return true;
   const cudaError_t state = cudaEventQuery(event_);
-  if (state == cudaErrorNotReady) return false;
+  if (state == cudaErrorNotReady) {
+    cudaGetLastError();  // an answer, which must not look like a failed launch to whoever asks next
+    return false;
+  }
   // What has failed will never be ready: whoever polls goes on to join() and learns of it.
   context_.check(state, "asking for an event");
   return true;
