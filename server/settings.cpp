@@ -352,6 +352,12 @@ Status check_together(const Settings& settings) {
             server.host),
         "server.host");
   }
+  if (const Settings::Limits& limits = settings.limits; limits.reading_bytes_max < limits.body_bytes_max) {
+    return invalid_argument(fmt::format("limits.reading_bytes_max is {}, less than limits.body_bytes_max, {}: no body "
+                                        "of that size could be received",
+                                        limits.reading_bytes_max, limits.body_bytes_max),
+                            "limits.reading_bytes_max");
+  }
   return check_device(settings);
 }
 

@@ -197,6 +197,28 @@ TEST_F(GrpcServerTest, ListensOnBothLoopbackAddresses) {
   }
 }
 
+TEST_F(GrpcServerTest, WhatIsReceivedIsBounded) {
+  Settings settings;
+  settings.server.grpc_port = 0;
+  settings.limits.reading_bytes_max = 4 << 20;
+  ASSERT_GT(settings.limits.body_bytes_max, 16 << 20) << "a message alone may be larger";
+  auto server = GrpcServer::start(settings, service_);
+  ASSERT_TRUE(server.ok()) << server.status().message();
+  const auto stub = v1::Inference::NewStub(
+      grpc::CreateChannel("127.0.0.1:" + std::to_string((*server)->port()), grpc::InsecureChannelCredentials()));
+  const auto tokenize = [&](size_t bytes) {
+    grpc::ClientContext context;
+    v1::TokenizeRequest text;
+    text.set_text(std::string(bytes, 'x'));
+    v1::TokenizeResponse tokens;
+    return stub->Tokenize(&context, text, &tokens).error_code();
+  };
+  for (int i = 0; i < 3; ++i) {
+    EXPECT_EQ(tokenize(16 << 20), grpc::StatusCode::RESOURCE_EXHAUSTED);
+    EXPECT_EQ(tokenize(1000), grpc::StatusCode::OK) << "the server goes on";
+  }
+}
+
 TEST_F(GrpcServerTest, APortInUseIsAnError) {
   Settings settings;
   settings.server.grpc_port = server_->port();

@@ -189,6 +189,9 @@ TEST(SettingsTest, WhatIsNeededTogether) {
   EXPECT_TRUE(load({"--model", "m", "--host", "0.0.0.0"}, {"MOED_API_KEY=k"}).ok());
   EXPECT_TRUE(load({"--model", "m", "--host", "0.0.0.0", "--api-key-file", "f"}).ok());
   EXPECT_TRUE(load({"--model", "m", "--host", "::1"}).ok());
+  expect_error(load({"--model", "m", "--reading-bytes-max", "2000000", "--body-bytes-max", "2000001"}),
+               {"limits.reading_bytes_max is 2000000", "limits.body_bytes_max"});
+  EXPECT_TRUE(load({"--model", "m", "--reading-bytes-max", "2000000", "--body-bytes-max", "2000000"}).ok());
   EXPECT_TRUE(load({"--help"}).ok());
   EXPECT_TRUE(load({"-h"})->help);
   EXPECT_TRUE(load({"--print-config"})->print_config);
