@@ -1,7 +1,7 @@
 # The two commands a newcomer needs, and a few for those who stay. docs/HACKING.md says more.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help deps build cuda demo serve test lint format docker-check gpu-bundle clean
+.PHONY: help deps build cuda demo serve test fuzz lint format docker-check gpu-bundle clean
 
 JOBS ?= $(shell nproc)
 BUILD := build/release
@@ -9,6 +9,8 @@ MOED := $(BUILD)/server/moed
 DEMO := models/demo
 MODEL ?= $(DEMO)
 ARGS ?=
+# What make fuzz gives each target.
+SECONDS ?= 600
 # 1: `make test` ends with what `make cuda` does.
 CUDA ?= 0
 
@@ -22,6 +24,7 @@ help:
 	@echo '  make build                 build the daemon only'
 	@echo '  make cuda                  build it with the device cuda: build/release/cuda/moed (no GPU is needed to build)'
 	@echo '  make gpu-bundle            write build/moed-gpu.tar.gz: what tools/gpu_check.sh measures on a machine with a GPU'
+	@echo '  make fuzz SECONDS=600      hostile files and bodies by libFuzzer, each target for so long'
 	@echo '  make lint                  formatting, layering, clang-tidy, thread-safety analysis'
 	@echo '  make format                let clang-format rewrite the C++ sources'
 	@echo '  make docker-check          build the container image and chat with the daemon in it (root)'
@@ -60,6 +63,10 @@ serve: deps
 
 test:
 	@JOBS=$(JOBS) CUDA=$(CUDA) tools/run_tests.sh
+
+fuzz:
+	@tools/install_deps.sh test
+	@JOBS=$(JOBS) tools/fuzz.sh $(SECONDS)
 
 # The generated headers must be there before clang reads a unit, and the simplest way to have them all is to build.
 lint:
