@@ -13,7 +13,7 @@ result() { echo "cuda $1: $2" | tee -a "$report"; }
 
 # The suites of tools/gpu_check.sh come along: without a GPU they run on the emulated device, so that a GPU's machine
 # is not the first to try them.
-targets=(moed gpu_ops_test gpu_same_bits_test gpu_probe gpu_report)
+targets=(moed gpu_device_test gpu_ops_test gpu_same_bits_test gpu_probe gpu_report)
 build_all() {
   cmake --preset cuda --log-level=WARNING >/dev/null && cmake --build "$build" -j "$jobs" --target "${targets[@]}"
 }
@@ -77,6 +77,7 @@ else
   echo "cuda: no demo model, so the daemon was not started (make demo)"
 fi
 export MOED_TEST_DEVICE=$device
+check device "$build/tests/gpu/gpu_device_test"
 check ops "$build/tests/gpu/gpu_ops_test"
 check same-bits "$build/tests/gpu/gpu_same_bits_test"
 check probe probes

@@ -78,7 +78,8 @@ machine() {
 
 # Own kernels on the host, so that nothing depends on which libraries a machine happens to have.
 options=(-DCMAKE_BUILD_TYPE=Release -DMOED_ENGINE_ONLY=ON -DMOED_WERROR=OFF -DMOED_ONEDNN=OFF)
-targets=(gpu_ops_test gpu_same_bits_test gpu_probe gpu_report engine_golden_test offload_test moed_bench_engine)
+targets=(gpu_device_test gpu_ops_test gpu_same_bits_test gpu_probe gpu_report
+  engine_golden_test offload_test moed_bench_engine)
 choose_options() {
   local package capability
   for package in spdlog nlohmann_json CLI11 GTest; do options+=("-D${package}_DIR=$root/cmake/bundle"); done
@@ -127,6 +128,7 @@ fi
 tiny=()
 if [ "$device" = emulated ]; then tiny=(--tiny); fi
 step probe 90 "$build/tests/gpu/gpu_probe" "$device" "$out/probe.json" "${tiny[@]}" || true
+step device 60 "$build/tests/gpu/gpu_device_test" || true
 step ops 120 "$build/tests/gpu/gpu_ops_test" || true
 step goldens 120 "$build/tests/engine/engine_golden_test" --gtest_filter='*EveryPolicyEqualsTransformers*' || true
 step same-bits 120 "$build/tests/gpu/gpu_same_bits_test" || true
