@@ -104,7 +104,8 @@ TEST_F(ChoiceTextTest, LogprobsTravelWithHeldText) {
   EXPECT_FLOAT_EQ(*deltas[0].tokens[0].logprob, -0.5F);
 }
 
-// lm-eval asks for one token behind a text and drops that token's score: it must be there when the token ends the choice.
+// lm-eval asks for one token behind a text and drops that token's score: it must be there when the token ends the
+// choice.
 TEST_F(ChoiceTextTest, TheStopTokenHasItsScoreAndNoText) {
   ChoiceTextOptions options;
   options.logprobs = true;
