@@ -278,6 +278,35 @@ def test_clients_that_come_and_go(fake):
     assert_unharmed(fake)
 
 
+def test_clients_that_do_not_read(fake, moed_pb):
+    """Streams of which nothing is taken hold nobody up, and end with their clients."""
+    def ask():
+        body = {"prompt": "hello", "max_tokens": 30, "temperature": 0, "seed": 9, "ignore_eos": True}
+        return requests.post(fake.url + "/v1/completions", json=body, timeout=30).json()["choices"][0]["text"]
+
+    alone = ask()
+    body = json.dumps({"prompt": "abc", "max_tokens": 1000, "n": 8, "logprobs": 20, "ignore_eos": True, "stream": True})
+    text = (f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}").encode()
+    stalled = []
+    for _ in range(8):
+        stalled.append(socket.socket())
+        stalled[-1].setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled[-1].connect(("127.0.0.1", fake.http_port))
+        stalled[-1].sendall(text)
+    pb, services = moed_pb
+    with grpc.insecure_channel(fake.grpc_target) as channel:
+        options = pb.SamplingOptions(max_tokens=1000, n=8, logprobs=20, ignore_eos=True)
+        streams = [services.InferenceStub(channel).Generate(pb.GenerateRequest(text="abc", sampling=options)) for _ in range(8)]
+        for _ in range(5):
+            assert ask() == alone
+        for stream in streams:
+            stream.cancel()
+    for connection in stalled:
+        connection.close()
+    assert_unharmed(fake)
+
+
 def test_a_template_that_loops_for_ever(start_fake, tiny_model, tmp_path):
     folder = tmp_path / "looping"
     folder.mkdir()
