@@ -112,10 +112,12 @@ fn strip_generation(source: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         out.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        // Not from the start: "{%}" opens a tag and does not close it.
+        let Some(length) = tag[2..].find("%}") else {
             rest = tag;
             break;
         };
+        let end = 2 + length;
         let body = &tag[2..end];
         let word = body.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
         let replacement = match word {
