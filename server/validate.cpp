@@ -47,6 +47,9 @@ Status check_message(Json& message, size_t index, const ChatTemplate& chat_templ
   if (!message.contains("role") || !message["role"].is_string()) {
     return invalid_argument(in_message(index, "role") + " must be a string", in_message(index, "role"));
   }
+  if (message.contains("name") && !message["name"].is_string() && !message["name"].is_null()) {
+    return invalid_argument(in_message(index, "name") + " must be a string", in_message(index, "name"));
+  }
   if (message["role"] == "developer" && !chat_template.knows_developer_role()) message["role"] = "system";
   const bool may_lack_content = message["role"] == "assistant";
   if (!message.contains("content") || message["content"].is_null()) {

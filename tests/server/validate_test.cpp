@@ -103,6 +103,7 @@ TEST_F(ValidateTest, BadMessages) {
   expect_refused(chat("{}"), "messages", "array");
   expect_refused(chat(R"([{"content":"x"}])"), "messages[0].role", "string");
   expect_refused(chat(R"([{"role":"user"}])"), "messages[0].content", "missing");
+  expect_refused(chat(R"([{"role":"user","content":"x","name":5}])"), "messages[0].name", "string");
   expect_refused(chat(R"([{"role":"user","content":5}])"), "messages[0].content", "string");
   expect_refused(chat(R"([{"role":"user","content":"x"}, 3])"), "messages[1]", "object");
 }
