@@ -78,8 +78,9 @@ struct ServerMetrics::State {
   prometheus::Histogram* request_max_tokens = nullptr;
   prometheus::Histogram* iteration_tokens = nullptr;
   std::map<std::string, prometheus::Counter*> success;
-  std::array<prometheus::Gauge*, 2> pool_usage{};   // by Pool
-  std::array<prometheus::Gauge*, 2> pool_blocks{};  // by Pool
+  std::map<std::string, prometheus::Counter*> cancelled;  // by phase
+  std::array<prometheus::Gauge*, 2> pool_usage{};         // by Pool
+  std::array<prometheus::Gauge*, 2> pool_blocks{};        // by Pool
   prometheus::Counter* expert_hits = nullptr;
   prometheus::Counter* expert_misses = nullptr;
   prometheus::Counter* experts_prefetched = nullptr;
@@ -130,6 +131,14 @@ ServerMetrics::ServerMetrics(const std::string& model_name) : state_(std::make_u
   s.request_generation_tokens_max = s.histogram("vllm:request_max_num_generation_tokens",
                                                 "Generated tokens of a request's longest choice.", kTokenBuckets);
   s.request_max_tokens = s.histogram("vllm:request_params_max_tokens", "max_tokens of a request.", kTokenBuckets);
+  auto& cancelled = prometheus::BuildCounter()
+                        .Name("moed:requests_cancelled_total")
+                        .Help("Requests that were given up, by how far they had come.")
+                        .Labels(s.labels)
+                        .Register(s.registry);
+  for (const char* const phase : {"waiting", "prefill", "decode"}) {
+    s.cancelled[phase] = &cancelled.Add({{"phase", phase}});
+  }
   auto& success = prometheus::BuildCounter()
                       .Name("vllm:request_success_total")
                       .Help("Requests that ended, by reason.")
@@ -231,6 +240,10 @@ void ServerMetrics::observe_inter_token(double seconds) { state_->inter_token->O
 void ServerMetrics::finish_request(const FinishedRequest& request) {
   State& s = *state_;
   s.success[reason_label(request.reason)]->Increment();
+  if (request.reason == FinishReason::kCancelled) {
+    const char* const before_token = request.was_waiting ? "waiting" : "prefill";
+    s.cancelled[request.first_token_us > 0 ? "decode" : before_token]->Increment();
+  }
   if (request.reason == FinishReason::kCancelled || request.reason == FinishReason::kError) return;
   s.e2e->Observe(seconds(request.end_us - request.arrival_us));
   s.request_prompt_tokens->Observe(static_cast<double>(request.prompt_tokens));

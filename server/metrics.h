@@ -20,6 +20,7 @@ struct FinishedRequest {
   int64_t generated_tokens = 0;      // of all choices
   int64_t generated_tokens_max = 0;  // of the longest choice
   int64_t max_tokens = 0;
+  bool was_waiting = true;  // kCancelled: it was not among the running
   // Sums over its choices: first token to last, and the tokens after the first.
   int64_t later_tokens_us = 0;
   int64_t later_tokens = 0;

@@ -228,8 +228,10 @@ void ServingLoop::leave(const std::vector<LiveSequence>& live) {
 }
 
 void ServingLoop::cancel(ActiveMap::iterator active) {
+  const int32_t num_waiting = scheduler_.stats().num_waiting;
   leave(scheduler_.finish(active->first, FinishReason::kCancelled));
-  finish_metrics(active->second, FinishReason::kCancelled, now_us());
+  const bool was_waiting = scheduler_.stats().num_waiting < num_waiting;
+  finish_metrics(active->second, FinishReason::kCancelled, now_us(), was_waiting);
   num_open_.fetch_sub(1, std::memory_order_acq_rel);
   active_.erase(active);
 }
@@ -272,14 +274,15 @@ void ServingLoop::deliver(TokenEvent event, int64_t now) {
   if (finish != FinishReason::kNone) end_choice(found, choice, finish, now);
 }
 
-void ServingLoop::finish_metrics(const Active& active, FinishReason reason, int64_t now) {
+void ServingLoop::finish_metrics(const Active& active, FinishReason reason, int64_t now, bool was_waiting) {
   FinishedRequest request{.reason = reason,
                           .arrival_us = active.arrival_us,
                           .scheduled_us = active.scheduled_us,
                           .first_token_us = active.first_token_us,
                           .end_us = now,
                           .prompt_tokens = active.num_prompt,
-                          .max_tokens = active.max_tokens};
+                          .max_tokens = active.max_tokens,
+                          .was_waiting = was_waiting};
   for (const Choice& choice : active.choices) {
     request.generated_tokens += choice.num_generated;
     request.generated_tokens_max = std::max(request.generated_tokens_max, choice.num_generated);

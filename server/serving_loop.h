@@ -98,7 +98,7 @@ class ServingLoop {
   void cancel(ActiveMap::iterator active);
   void give_up(RequestStream& stream, Status status);
   void deliver(TokenEvent event, int64_t now);
-  void finish_metrics(const Active& active, FinishReason reason, int64_t now);
+  void finish_metrics(const Active& active, FinishReason reason, int64_t now, bool was_waiting = false);
   void end_choice(ActiveMap::iterator active, int32_t choice, FinishReason reason, int64_t now);
   void publish_stats();
   Pass& pass(PassKind kind) { return kind == PassKind::kBulk ? bulk_ : interactive_; }

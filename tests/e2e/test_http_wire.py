@@ -413,3 +413,35 @@ def test_more_connections_than_the_shell_allows(tiny_model, tmp_path):
             connection.close()
     finally:
         assert daemon.stop() == 0, daemon.log
+
+
+def test_given_up_requests_are_counted_by_phase(start_fake):
+    """One sequence at a time; a pass takes 0.2 s a layer."""
+    daemon = start_fake("--sequences-max", "1", FAKE_LAYER_US="200000")
+
+    def counts():
+        text = requests.get(daemon.url + "/metrics", timeout=10).text
+        return {phase: float(re.search(r'moed:requests_cancelled_total\{[^}]*phase="%s"[^}]*\} (\S+)' % phase, text)[1])
+                for phase in ("waiting", "prefill", "decode")}
+
+    def begin():
+        connection = http.client.HTTPConnection("127.0.0.1", daemon.http_port, timeout=30)
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": "abc", "max_tokens": 50, "ignore_eos": True, "stream": True}),
+                           {"Content-Type": "application/json"})
+        return connection, connection.getresponse()  # the head: it is queued
+
+    assert counts() == {"waiting": 0, "prefill": 0, "decode": 0}
+    first, answer = begin()
+    answer.readline()
+    second, _held = begin()
+    second.close()
+    _held.close()
+    assert eventually(lambda: counts() == {"waiting": 1, "prefill": 0, "decode": 0}), counts()
+    first.close()
+    answer.close()
+    assert eventually(lambda: counts()["decode"] == 1 and idle(daemon)), counts()
+    third, head = begin()
+    time.sleep(0.1)  # in the first of the pass's two layers
+    third.close()
+    head.close()
+    assert eventually(lambda: counts() == {"waiting": 1, "prefill": 1, "decode": 1}), counts()

@@ -123,6 +123,8 @@ TEST(ServerMetricsTest, RequestsThatWereGivenUpAreCountedButNotTimed) {
   metrics.finish_request({.reason = FinishReason::kCancelled});
   const std::string text = metrics.text();
   EXPECT_EQ(value_of(text, "vllm:request_success_total", "finished_reason=\"abort\""), 1.0);
+  EXPECT_EQ(value_of(text, "moed:requests_cancelled_total", "phase=\"waiting\""), 1.0);
+  EXPECT_EQ(value_of(text, "moed:requests_cancelled_total", "phase=\"prefill\""), 0.0) << "there from the start";
   EXPECT_EQ(value_of(text, "vllm:e2e_request_latency_seconds_count"), 0.0);
 }
 
