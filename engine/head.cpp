@@ -6,6 +6,13 @@
 #include "base/check.h"
 
 namespace moed {
+namespace {
+
+// Logits come over the link in so many pieces at most, of so many rows at least.
+constexpr size_t kChunksMax = 4;
+constexpr size_t kChunkRowsMin = 8;
+
+}  // namespace
 
 EngineBytes Head::bytes(const ModelConfig& model, int32_t rows_max, bool device_is_host) {
   const int64_t rows = std::min(rows_max, kRowsMax);
@@ -23,7 +30,7 @@ StatusOr<Head> Head::make(const ModelConfig& model, const DenseViews& weights, i
   head.ops_ = &device.ops();
   head.scratches_.resize(device.num_host_threads());
   head.stream_ = &stream;
-  head.done_ = device.make_event();
+  for (size_t i = 0; i < (device.is_host() ? 1 : kChunksMax); ++i) head.arrived_.push_back(device.make_event());
   head.rows_max_ = std::min(rows_max, kRowsMax);
   head.pass_rows_max_ = rows_max;
   const int64_t rows = head.rows_max_;
@@ -44,12 +51,18 @@ std::vector<SequenceOutput> Head::run(RunningPass& pass, HostLane& lane) {
   const std::span<const Task> tasks(tasks_);
   for (size_t begin = 0; begin < tasks.size(); begin += static_cast<size_t>(rows_max_)) {
     const auto block = tasks.subspan(begin, std::min(tasks.size() - begin, static_cast<size_t>(rows_max_)));
-    compute(pass, block, lane);
-    pass.clock().mark(Lane::kDense);
-    lane.pump();
-    choose(block, outputs);
-    lane.pump();
-    pass.clock().mark(Lane::kSample);
+    compute(pass, block);
+    chosen_.resize(block.size());
+    const size_t rows = chunk_rows(block.size());
+    for (size_t first = 0; first < block.size(); first += rows) {
+      lane.wait(*arrived_[first / rows], pass);
+      pass.clock().mark(Lane::kDense);
+      lane.pump();
+      choose(block, first, std::min(first + rows, block.size()));
+      lane.pump();
+      pass.clock().mark(Lane::kSample);
+    }
+    take(block, outputs);
   }
   return outputs;
 }
@@ -77,7 +90,11 @@ void Head::plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs) {
   }
 }
 
-void Head::compute(RunningPass& pass, std::span<const Task> tasks, HostLane& lane) {
+size_t Head::chunk_rows(size_t num_tasks) const {
+  return std::max(kChunkRowsMin, (num_tasks + arrived_.size() - 1) / arrived_.size());
+}
+
+void Head::compute(RunningPass& pass, std::span<const Task> tasks) {
   auto* rows = rows_memory_.as<int32_t>();
   device_->host_access(rows, static_cast<int64_t>(tasks.size() * sizeof(*rows)), Access::kWrite);
   for (size_t i = 0; i < tasks.size(); ++i) rows[i] = tasks[i].row;
@@ -87,20 +104,26 @@ void Head::compute(RunningPass& pass, std::span<const Task> tasks, HostLane& lan
   const RowViews all = pass.buffers().rows(0, pass_rows_max_);
   ops_->rms_norm(all.residual, {rows, tasks.size()}, weights_->final_norm, model_->rms_norm_eps, normed, *stream_);
   ops_->linear(normed, {weights_->head, nullptr, model_->hidden_size, model_->vocab_size}, false, block, *stream_);
-  if (logits() != block.data) {
-    stream_->copy(logits(), block.data, int64_t{num_rows} * model_->vocab_size * int64_t{sizeof(float)});
+  const size_t rows_a_chunk = chunk_rows(tasks.size());
+  for (size_t first = 0; first < tasks.size(); first += rows_a_chunk) {
+    const size_t chunk = std::min(rows_a_chunk, tasks.size() - first);
+    const size_t offset = first * static_cast<size_t>(model_->vocab_size);
+    if (logits() != block.data) {
+      stream_->copy(logits() + offset, block.data + offset,
+                    static_cast<int64_t>(chunk) * model_->vocab_size * int64_t{sizeof(float)});
+    }
+    stream_->record(*arrived_[first / rows_a_chunk]);
   }
-  stream_->record(*done_);
-  lane.wait(*done_, pass);
 }
 
-void Head::choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs) {
+void Head::choose(std::span<const Task> tasks, size_t begin, size_t end) {
   const auto vocab = static_cast<size_t>(model_->vocab_size);
-  device_->host_access(logits(), static_cast<int64_t>(tasks.size() * vocab * sizeof(float)), Access::kUpdate);
-  chosen_.resize(tasks.size());
-  device_->run_host(static_cast<int64_t>(tasks.size()), [&](int64_t i, int thread) {
+  device_->host_access(logits() + begin * vocab, static_cast<int64_t>((end - begin) * vocab * sizeof(float)),
+                       Access::kUpdate);
+  device_->run_host(static_cast<int64_t>(end - begin), [&](int64_t task, int thread) {
+    const size_t i = begin + static_cast<size_t>(task);
     const StepSequence& sequence = *tasks[i].sequence;
-    const std::span<float> row(logits() + static_cast<size_t>(i) * vocab, vocab);
+    const std::span<float> row(logits() + i * vocab, vocab);
     SamplerScratch& scratch = scratches_[thread];
     if (tasks[i].score_of >= 0) {
       chosen_[i] = score_token(row, tasks[i].score_of, sequence.num_prompt_top, scratch);
@@ -109,6 +132,9 @@ void Head::choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outp
       chosen_[i] = sample_token(row, context, scratch);
     }
   });
+}
+
+void Head::take(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs) {
   for (size_t i = 0; i < tasks.size(); ++i) {
     SequenceOutput& output = outputs[tasks[i].output];
     if (tasks[i].score_of >= 0) {

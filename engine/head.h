@@ -42,19 +42,23 @@ class Head {
   Head() = default;
   float* logits() const { return (host_logits_.data() == nullptr ? logits_memory_ : host_logits_).as<float>(); }
   void plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs);
-  void compute(RunningPass& pass, std::span<const Task> tasks, HostLane& lane);
-  void choose(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs);
+  void compute(RunningPass& pass, std::span<const Task> tasks);
+  // tasks[begin, end), whose logits are there.
+  void choose(std::span<const Task> tasks, size_t begin, size_t end);
+  void take(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs);
+  // Rows of a block of tasks that come over the link together, while the host chooses tokens of those before.
+  size_t chunk_rows(size_t num_tasks) const;
 
   const ModelConfig* model_ = nullptr;
   const DenseViews* weights_ = nullptr;
   Device* device_ = nullptr;
   Ops* ops_ = nullptr;
   Stream* stream_ = nullptr;
-  std::unique_ptr<Event> done_;
-  Buffer rows_memory_;    // [kRowsMax] row indices, mapped
-  Buffer normed_memory_;  // [kRowsMax, hidden] bf16
-  Buffer logits_memory_;  // [kRowsMax, vocab] fp32
-  Buffer host_logits_;    // the same in pinned memory; empty where the device is the host, which reads the others
+  std::vector<std::unique_ptr<Event>> arrived_;  // a chunk each
+  Buffer rows_memory_;                           // [kRowsMax] row indices, mapped
+  Buffer normed_memory_;                         // [kRowsMax, hidden] bf16
+  Buffer logits_memory_;                         // [kRowsMax, vocab] fp32
+  Buffer host_logits_;  // the same in pinned memory; empty where the device is the host, which reads the others
   int32_t rows_max_ = 0;
   int32_t pass_rows_max_ = 0;
   std::vector<Ordered> members_;

@@ -9,6 +9,9 @@
 namespace moed {
 namespace {
 
+// Rows that ask for each expert of a layer this often, on average, want nearly all of them: nothing is to be foreseen.
+constexpr int32_t kPredictedRowsMax = 2;
+
 // The host runs experts until about this much of their weights has been read, then looks after the ring: 0.2 ms at 80
 // GB/s, less than two packets take.
 constexpr int64_t kHostBatchBytes = int64_t{16} << 20;
@@ -148,9 +151,10 @@ void MoeExecutor::group(const Work& work, bool mirror) {
 bool MoeExecutor::wants_prediction(const Work& work) const {
   const StepPlan& plan = work.pass.plan();
   const int32_t next = work.layer + 1;
+  const int32_t num_pairs = work.rows.residual.rows * model_.moe.router.top_k;
   return streams(plan) && !all_fit_ && work.half.num_paths() == 1 && next < model_.num_layers &&
-         model_.layers[next] == LayerKind::kMoe && plan.layers[next] == LayerMode::kRouted &&
-         ring_->wants_prediction(next);
+         num_pairs < kPredictedRowsMax * model_.moe.num_experts && model_.layers[next] == LayerKind::kMoe &&
+         plan.layers[next] == LayerMode::kRouted && ring_->wants_prediction(next);
 }
 
 void MoeExecutor::predict(const Work& work) {

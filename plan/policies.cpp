@@ -21,6 +21,8 @@ constexpr double kPrefetchShareMin = 0.5;
 // answer saves next to nothing.
 constexpr double kWantedShareMin = 0.99;
 constexpr double kStreamedShareMin = 0.9;
+// Few experts of a layer have more rows than so many times the average.
+constexpr double kManyRows = 4.0;
 
 StepPlan empty_plan(const PolicyInput& input, LayerMode mode) {
   StepPlan plan;
@@ -53,6 +55,16 @@ bool all_resident(const PolicyInput& input) {
   return static_cast<int64_t>(input.residency.resident.size()) == num_routed_experts(input.config);
 }
 
+// The host multiplies while it reads: an expert takes the longer of both. Costs are a line: through what an expert with
+// so many rows takes and what one with kManyRows times as many does, which is where most lie.
+void fit_host_costs(double rows, ExpertCosts* costs) {
+  const auto host_us = [&](double count) { return std::max(costs->host_base_us, count * costs->host_row_us); };
+  const double row_us = (host_us(kManyRows * rows) - host_us(rows)) / ((kManyRows - 1.0) * rows);
+  const double base_us = std::max(host_us(rows) - rows * row_us, 0.0);
+  costs->host_base_us = base_us;
+  costs->host_row_us = row_us;
+}
+
 StepPlan plan_host(const PolicyInput& input) {
   StepPlan plan = empty_plan(input, LayerMode::kRouted);
   plan.costs.copy_us = plan.costs.device_row_us = kInfinity;
@@ -82,6 +94,7 @@ StepPlan plan_hot(const PolicyInput& input) {
   const double row_share = static_cast<double>(input.config.moe.router.top_k) / input.config.moe.num_experts;
   const double wanted_share = 1.0 - std::pow(1.0 - row_share, input.shape.num_rows);
   const double rows = std::max(1.0, input.shape.num_rows * row_share);
+  fit_host_costs(rows, &plan.costs);
   const double host_us = plan.costs.host_base_us + rows * plan.costs.host_row_us;
   const double streamed_share = host_us / (host_us + plan.costs.copy_us);
   if (wanted_share >= kWantedShareMin && streamed_share >= kStreamedShareMin) {
@@ -214,6 +227,15 @@ ExpertCosts expert_costs(const ModelConfig& config, const MachineRates& rates) {
           .device_row_us = 2.0 * weights / rates.device_flops,
           .host_base_us = weights * kBytesPerWeight / rates.host_bytes,
           .host_row_us = 2.0 * weights / rates.host_flops};
+}
+
+MachineRates machine_rates(const MachineProfile& machine) {
+  const double link_bytes = machine.link_bytes * machine.link_left(1.0);
+  return {.link_bytes = link_bytes,
+          .host_bytes = std::max(machine.host_bytes - link_bytes, machine.host_bytes / 2),
+          .host_flops = machine.host_flops,
+          .device_flops = machine.device_flops,
+          .device_bytes = machine.device_bytes};
 }
 
 std::span<const Policy> policies() { return kPolicies; }

@@ -10,6 +10,7 @@
 #include "model/config.h"
 #include "plan/kv_placement.h"
 #include "plan/plan.h"
+#include "plan/profile.h"
 
 namespace moed {
 
@@ -20,7 +21,12 @@ struct MachineRates {
   double host_bytes = 10'000.0;   // expert weights that the host's kernels read
   double host_flops = 400'000.0;  // of all compute threads
   double device_flops = 50.0e6;
+  double device_bytes = 500'000.0;  // weights that the device's kernels read
 };
+
+// Of a machine that is known, while link and the host's kernels both run, as they do where a policy weighs one against
+// the other: each at the rate that the other leaves it.
+MachineRates machine_rates(const MachineProfile& machine);
 
 // What an expert of this model costs at those rates: a copy is its bytes over the link; on the host its weights are
 // read once, and each row is a product; on the device only the rows count, the weights being read far faster than they

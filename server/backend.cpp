@@ -100,7 +100,8 @@ BudgetLimits budget_limits(const Settings& settings, const Placement& placement)
           .ring_slots = placement.ring_slots};
 }
 
-EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budget, const Planning& planning) {
+EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budget, const Planning& planning,
+                           bool cache) {
   EngineConfig config;
   config.rows_max = limits.pass_rows_max;
   config.sequences_max = limits.sequences_max;
@@ -113,8 +114,17 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
   config.ring.num_slots = static_cast<int32_t>(budget.device.num_slots);
   config.ring.resident = planning.residency.resident;
   config.ring.staging_slots = std::min(limits.passing_slots, config.ring.num_slots);
-  config.ring.cache = planning.policy->cache;
+  config.ring.cache = planning.policy->cache && cache;
   return config;
+}
+
+// Passes sweep the device's memory where all experts are there, the host's elsewhere.
+StepModel step_prior(const ModelConfig& config, const Planning& planning) {
+  const MachineRates& rates = planning.rates;
+  const bool all_resident = planning.residency.has_device &&
+                            static_cast<int64_t>(planning.residency.resident.size()) == num_routed_experts(config);
+  return all_resident ? prior_step_model(config, rates.device_bytes, rates.device_flops)
+                      : prior_step_model(config, kPriorBytesPerUs, rates.host_flops);
 }
 
 }  // namespace
@@ -138,7 +148,7 @@ DeviceSpec device_spec(const Settings& settings) {
 }
 
 StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened, const Settings& settings,
-                                           const Model& model, const LoadProgress& progress) {
+                                           const Model& model, const LoadProgress& progress, bool cache) {
   MOED_ASSIGN_OR_RETURN(const auto source, open_source(settings, model, opened->is_simulated()));
   spdlog::info("device: {}", opened->description());
 
@@ -159,13 +169,7 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
       settings.device.threads > 0 ? static_cast<int>(settings.device.threads) : default_compute_threads();
   planning.rates.host_bytes = kPriorBytesPerUs;
   planning.rates.host_flops = kPriorFlopsPerUsPerThread * threads;
-  if (opened->is_simulated()) {
-    const MachineProfile profile = opened->profile();
-    planning.rates = {.link_bytes = profile.link_bytes,
-                      .host_bytes = profile.host_bytes,
-                      .host_flops = profile.host_flops,
-                      .device_flops = profile.device_flops};
-  }
+  if (opened->is_simulated()) planning.rates = machine_rates(opened->profile());
   if (has_device) {
     spdlog::info("device memory: {}", budget.device.describe());
     spdlog::info("placement: policy {}, KV {}, {} of {} experts resident", planning.policy->name, name_of(planning.kv),
@@ -179,11 +183,11 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
     progress(std::min(loaded, total), total);
   };
   MOED_ASSIGN_OR_RETURN(DenseWeights weights, DenseWeights::load(model, *source, advance));
-  EngineConfig config = engine_config(limits, budget, planning);
+  EngineConfig config = engine_config(limits, budget, planning, cache);
   HostPins* const pins = config.ring.num_slots > 0 ? &opened->pins() : nullptr;
   config.ring.pins = pins;
   MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, advance, pins));
-  const StepModel prior = prior_step_model(model.config, kPriorBytesPerUs, planning.rates.host_flops);
+  const StepModel prior = step_prior(model.config, planning);
   auto backend = std::make_unique<LoadedBackend>(std::move(opened), std::move(weights), std::move(experts),
                                                  std::move(budget), prior, std::move(planning));
   MOED_RETURN_IF_ERROR(backend->start(model, config));
@@ -195,7 +199,7 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
 StatusOr<std::unique_ptr<Backend>> load_backend(const Settings& settings, const Model& model,
                                                 const LoadProgress& progress) {
   MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(device_spec(settings)));
-  return load_on(std::move(opened), settings, model, progress);
+  return load_on(std::move(opened), settings, model, progress, /*cache=*/true);
 }
 
 StatusOr<std::unique_ptr<Backend>> load_bench_backend(const Settings& settings, const Model& model,
@@ -205,7 +209,8 @@ StatusOr<std::unique_ptr<Backend>> load_bench_backend(const Settings& settings, 
   spec.router = bench.router;
   spec.traced = bench.traced;
   MOED_ASSIGN_OR_RETURN(auto opened, OpenedEngine::open(spec));
-  return load_on(std::move(opened), settings, model, [](int64_t, int64_t) {});
+  return load_on(
+      std::move(opened), settings, model, [](int64_t, int64_t) {}, bench.cache);
 }
 
 }  // namespace moed

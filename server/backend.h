@@ -46,6 +46,7 @@ struct BenchDevice {
   uint64_t seed = 0;   // of emulated and simulated devices
   std::string router;  // of simulated ones
   bool traced = false;
+  bool cache = true;  // false: no expert stays in device memory but those that always do
 };
 // The same for a benchmark, which may run on a simulated device: its weights are addresses alone, and its host memory
 // is the simulated machine's.

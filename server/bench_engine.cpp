@@ -24,6 +24,7 @@ using Json = nlohmann::ordered_json;
 
 struct BenchOptions {
   BenchWorkload workload;
+  int32_t expert_cache = 1;
   BenchDevice device;
   std::string device_spec;  // empty: as the settings say, which refuse simulated ones
   std::string shape;
@@ -60,6 +61,8 @@ constexpr BenchFlag kFlags[] = {
      [](BenchOptions& o) { return &o.device_spec; }},
     {"router", "SPEC", "of a simulated device: uniform, zipf:S, shift:S:ROWS or trace:FILE", nullptr,
      [](BenchOptions& o) { return &o.device.router; }},
+    {"expert-cache", "N", "0: experts that came do not stay, whatever the policy says (1)",
+     [](BenchOptions& o) { return &o.expert_cache; }, nullptr},
     {"seed", "N", "of prompts, and of what devices leave to chance (0)", nullptr, nullptr},
     {"json", "FILE", "write the figures there too", nullptr, [](BenchOptions& o) { return &o.json; }},
     {"trace", "FILE", "write the lanes of some passes there: Chrome's trace format, for Perfetto", nullptr,
@@ -211,6 +214,7 @@ Json report(const BenchOptions& options, const Settings& settings, Backend& back
   json["policy"] = planning.policy->name;
   json["kv"] = name_of(planning.kv);
   json["halves"] = planning.halves;
+  json["expert_cache"] = planning.policy->cache && options.expert_cache != 0;
   json["expert_slots"] = backend.budget().device.num_slots;
   json["resident_experts"] = planning.residency.resident.size();
   json["workload"] = {{"clients", workload.clients},
@@ -323,6 +327,7 @@ Status run(const BenchOptions& options, const LoadedSettings& loaded) {
   fit_settings(options.workload, model.config, &settings);
   BenchDevice device = options.device;
   device.traced = !options.trace.empty();
+  device.cache = options.expert_cache != 0;
   MOED_ASSIGN_OR_RETURN(const auto backend, load_bench_backend(settings, model, device));
   const Planning planning = backend->planning();
   const SchedulerConfig scheduler = scheduler_config(settings, backend->budget(), planning.kv);
