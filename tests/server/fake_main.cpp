@@ -1,8 +1,8 @@
 // The daemon over FakeEngine: both doors, the scheduler and the text layer as they are, no weights. End-to-end tests of
 // the wire run against it.
 //   moed_fake serve --model DIR [flags as moed serve]
-// FAKE_KV_BLOCKS (default 4096) and FAKE_LAYER_US (default 0) shape the engine; loading stands at 400 of 1000 bytes for
-// FAKE_LOAD_MS (default 0).
+// FAKE_KV_BLOCKS (default 4096), FAKE_LAYERS (default 2) and FAKE_LAYER_US (default 0) shape the engine; loading stands
+// at 400 of 1000 bytes for FAKE_LOAD_MS (default 0).
 #include <unistd.h>
 
 #include <chrono>
@@ -46,6 +46,7 @@ moed::StatusOr<std::unique_ptr<moed::Backend>> make_fake(const moed::Settings& s
   config.num_blocks = from_environment("FAKE_KV_BLOCKS", 4096);
   config.block_tokens = moed::kKvBlockTokens;
   config.vocab_size = model.config.vocab_size;
+  config.num_layers = static_cast<int32_t>(from_environment("FAKE_LAYERS", config.num_layers));
   config.layer_us = from_environment("FAKE_LAYER_US", 0);
   moed::MemoryBudget budget;
   budget.kv_blocks = config.num_blocks;
