@@ -90,11 +90,14 @@ def narrow(schema):
     for field in (common["max_tokens"], chat["max_completion_tokens"]):
         field |= {"minimum": 1, "maximum": TINY_TOKENS}
     common["min_tokens"]["maximum"] = 1
-    common["n"]["maximum"] = 3
     common["logit_bias"]["patternProperties"] = {"^([1-9]?[0-9])$": {"type": "number", "minimum": -100, "maximum": 100}}
     for field in (completion["logprobs"], chat["top_logprobs"], common["prompt_logprobs"]):
         field["maximum"] = 5
     common["truncate_prompt_tokens"] |= {"minimum": 1, "maximum": 1000}
+    completion["best_of"] = {"enum": [1, None]}
+    common["n"]["maximum"] = 3
+    common["top_p"] = {"type": "number", "minimum": 0.01, "maximum": 1}
+    schemas["TokenizeRequest"]["properties"]["prompt"] = {"type": "string"}
     # One field that needs another: always with it.
     chat["logprobs"] = {"const": True}
     schemas["ChatRequest"]["allOf"][1]["required"].append("logprobs")
