@@ -180,6 +180,8 @@ Status Daemon::load(const BackendFactory& factory) {
   const SchedulerConfig scheduling = scheduler_config(budget, loaded->backend->planning().kv);
   MOED_RETURN_IF_ERROR(validate(scheduling));
   metrics_.set_cache(scheduling.block_tokens, scheduling.num_blocks, scheduling.device_blocks, scheduling.prefix_cache);
+  const Planning planning = loaded->backend->planning();
+  metrics_.set_plan(planning.policy->name, std::string(name_of(planning.kv)), planning.halves);
   loaded->scheduler = std::make_unique<Scheduler>(scheduling);
   ServingConfig serving;
   serving.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);

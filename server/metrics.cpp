@@ -9,6 +9,7 @@
 #include <array>
 #include <map>
 #include <utility>
+#include <vector>
 
 namespace moed {
 namespace {
@@ -50,6 +51,18 @@ const char* reason_label(FinishReason reason) {
   return "stop";
 }
 
+struct LaneTime {
+  const char* name;
+  double StepTimes::*time_us;
+};
+constexpr std::array<LaneTime, 7> kLaneTimes{{{"attention", &StepTimes::attention_us},
+                                              {"experts", &StepTimes::experts_us},
+                                              {"dense", &StepTimes::dense_us},
+                                              {"sampling", &StepTimes::sample_us},
+                                              {"host_attention", &StepTimes::host_attention_us},
+                                              {"host_experts", &StepTimes::host_experts_us},
+                                              {"ring_wait", &StepTimes::ring_wait_us}}};
+
 }  // namespace
 
 struct ServerMetrics::State {
@@ -90,6 +103,7 @@ struct ServerMetrics::State {
   prometheus::Counter* host_expert_rows = nullptr;
   prometheus::Counter* device_expert_rows = nullptr;
   prometheus::Counter* copy_wait = nullptr;
+  std::vector<prometheus::Counter*> lanes;  // as kLaneTimes
 
   prometheus::Gauge* gauge(const char* name, const char* help) {
     return &prometheus::BuildGauge().Name(name).Help(help).Labels(labels).Register(registry).Add({});
@@ -163,7 +177,7 @@ void ServerMetrics::add_own_series() {
                      .Labels(s.labels)
                      .Register(s.registry);
   auto& rows = prometheus::BuildCounter()
-                   .Name("moed:expert_rows_total")
+                   .Name("moed:expert_requests_total")
                    .Help("Rows times the experts that they chose, by where they were computed.")
                    .Labels(s.labels)
                    .Register(s.registry);
@@ -174,17 +188,44 @@ void ServerMetrics::add_own_series() {
   }
   s.host_expert_rows = &rows.Add({{"place", "host"}});
   s.device_expert_rows = &rows.Add({{"place", "device"}});
-  s.expert_hits = s.counter("moed:expert_hits_total", "Experts wanted on the device that stood in its memory.");
-  s.expert_misses = s.counter("moed:expert_misses_total", "Experts wanted on the device that had to be copied.");
+  s.expert_hits = s.counter("moed:expert_cache_hits_total", "Experts wanted on the device that stood in its memory.");
+  s.expert_misses = s.counter("moed:expert_cache_misses_total", "Experts wanted on the device that had to be copied.");
   s.experts_prefetched = s.counter("moed:experts_prefetched_total", "Experts copied before a layer wanted them.");
   s.experts_prefetched_unused =
       s.counter("moed:experts_prefetched_unused_total", "Of these, the ones overwritten before a layer wanted them.");
   s.expert_evictions = s.counter("moed:expert_evictions_total", "Experts that others took the place of.");
-  s.expert_bytes = s.counter("moed:expert_copy_bytes_total", "Bytes of experts copied to the device.");
+  s.expert_bytes = &prometheus::BuildCounter()
+                        .Name("moed:h2d_bytes_total")
+                        .Help("Bytes copied to the device, by what they are.")
+                        .Labels(s.labels)
+                        .Register(s.registry)
+                        .Add({{"kind", "experts"}});
   s.copy_wait = s.counter("moed:expert_copy_wait_seconds_total", "Time with nothing to do but wait for copies.");
+  auto& lanes = prometheus::BuildCounter()
+                    .Name("moed:lane_seconds")
+                    .Help("Time of passes: stretches of the device's stream, and what the host lane did meanwhile.")
+                    .Labels(s.labels)
+                    .Register(s.registry);
+  for (const LaneTime& lane : kLaneTimes) s.lanes.push_back(&lanes.Add({{"lane", lane.name}, {"kind", "measured"}}));
 }
 
 ServerMetrics::~ServerMetrics() = default;
+
+void ServerMetrics::add_times(const StepTimes& times) {
+  for (size_t lane = 0; lane < kLaneTimes.size(); ++lane) {
+    state_->lanes[lane]->Increment(times.*kLaneTimes[lane].time_us * 1e-6);
+  }
+}
+
+void ServerMetrics::set_plan(const std::string& policy, const std::string& kv, int32_t halves) {
+  prometheus::BuildGauge()
+      .Name("moed:plan")
+      .Help("How passes are planned.")
+      .Labels(state_->labels)
+      .Register(state_->registry)
+      .Add({{"policy", policy}, {"kv", kv}, {"halves", std::to_string(halves)}})
+      .Set(1);
+}
 
 void ServerMetrics::set_cache(int32_t block_tokens, int64_t host_blocks, int64_t device_blocks, bool prefix_cache) {
   prometheus::BuildGauge()

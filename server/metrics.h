@@ -28,7 +28,7 @@ struct FinishedRequest {
 
 // The daemon's Prometheus series: vLLM's names, labels (model_name, engine="0") and buckets, so that its dashboards
 // work unchanged; and, named moed:, what only this engine has: experts and two KV pools. Every series is present from
-// the start, but for the KV cache's, which comes with set_cache(). Thread-safe; recording takes no lock that a scrape
+// the start, but for those of set_cache() and set_plan(). Thread-safe; recording takes no lock that a scrape
 // holds for long.
 class ServerMetrics {
  public:
@@ -37,11 +37,14 @@ class ServerMetrics {
 
   // At most once.
   void set_cache(int32_t block_tokens, int64_t host_blocks, int64_t device_blocks, bool prefix_cache);
+  // At most once.
+  void set_plan(const std::string& policy, const std::string& kv, int32_t halves);
   void set_scheduler(const SchedulerStats& stats);
   void set_engine(const EngineStats& stats);
   void add_prompt(int64_t prompt_tokens);
   void add_generated_token();
   void add_iteration(int64_t rows);
+  void add_times(const StepTimes& times);
   void observe_first_token(double seconds);
   void observe_inter_token(double seconds);
   // Requests that were cancelled or failed are counted, their times are not.

@@ -150,6 +150,7 @@ void ServingLoop::advance_bulk() {
 void ServingLoop::commit(PassKind kind) {
   const StepShape shape = scheduler_.shape(kind);
   const StepOutput output = engine_.finish(std::exchange(pass(kind), Pass()));
+  metrics_.add_times(output.times);
   // A pass that lost sequences on its way took less time than its shape says.
   if (!cut_short_[static_cast<size_t>(kind)]) tracker_.observe(shape, output.times.total_us);
   const int64_t now = now_us();

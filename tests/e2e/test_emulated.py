@@ -91,14 +91,14 @@ def test_together_cancelled_and_preempted(placed, client):
 
 def test_experts_ran_where_the_policy_says(placed):
     name, daemon = placed
-    on_host = metric(daemon, "moed:expert_rows_total", 'place="host"')
-    on_device = metric(daemon, "moed:expert_rows_total", 'place="device"')
+    on_host = metric(daemon, "moed:expert_requests_total", 'place="host"')
+    on_device = metric(daemon, "moed:expert_requests_total", 'place="device"')
     assert on_device > 0 and (on_host > 0) == (name in ("hot", "split"))
-    copied = metric(daemon, "moed:expert_copy_bytes_total")
+    copied = metric(daemon, "moed:h2d_bytes_total")
     if name == "device":
         assert copied == 240 * 3 * 576 * 1536 * 2  # once, at start
     else:
-        assert copied > metric(daemon, "moed:expert_misses_total") > 0
+        assert copied > metric(daemon, "moed:expert_cache_misses_total") > 0
     assert (metric(daemon, "moed:kv_blocks", 'pool="device"') > 0) == (name in ("split", "device"))
 
 

@@ -18,7 +18,7 @@ SETUP = ROOT / "deploy/prometheus/prometheus.yml"
 BOARD = json.loads((ROOT / "deploy/grafana/moed.json").read_text())
 VARIABLES = {variable["name"]: variable for variable in BOARD["templating"]["list"]}
 # What only a device with memory of its own has to count: without one these are a share of nothing.
-NOTHING_TO_SHARE = {"moed:expert_hits_total", "moed:expert_misses_total"}
+NOTHING_TO_SHARE = {"moed:expert_cache_hits_total", "moed:expert_cache_misses_total"}
 
 
 def tool(name):

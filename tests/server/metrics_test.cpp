@@ -36,9 +36,9 @@ TEST(ServerMetricsTest, EverySeriesIsThereFromTheStart) {
     EXPECT_EQ(value_of(text, std::string("vllm:") + name + "_count"), 0.0) << name;
     EXPECT_EQ(value_of(text, std::string("vllm:") + name + "_sum"), 0.0) << name;
   }
-  for (const char* name :
-       {"expert_hits_total", "expert_misses_total", "experts_prefetched_total", "experts_prefetched_unused_total",
-        "expert_evictions_total", "expert_copy_bytes_total", "expert_copy_wait_seconds_total"}) {
+  for (const char* name : {"expert_cache_hits_total", "expert_cache_misses_total", "experts_prefetched_total",
+                           "experts_prefetched_unused_total", "expert_evictions_total", "h2d_bytes_total",
+                           "expert_copy_wait_seconds_total"}) {
     EXPECT_EQ(value_of(text, std::string("moed:") + name), 0.0) << name;
   }
   for (const char* reason : {"stop", "length", "abort", "error"}) {
@@ -80,15 +80,26 @@ TEST(ServerMetricsTest, ExpertsAndPoolsAreCounted) {
   EXPECT_EQ(value_of(text, "moed:kv_usage", "pool=\"device\""), 0.75);
   EXPECT_EQ(value_of(text, "moed:kv_blocks", "pool=\"device\""), 20.0);
   EXPECT_EQ(value_of(text, "vllm:kv_cache_usage_perc"), 25.0 / 60.0);
-  EXPECT_EQ(value_of(text, "moed:expert_hits_total"), 11.0);
-  EXPECT_EQ(value_of(text, "moed:expert_misses_total"), 7.0);
+  EXPECT_EQ(value_of(text, "moed:expert_cache_hits_total"), 11.0);
+  EXPECT_EQ(value_of(text, "moed:expert_cache_misses_total"), 7.0);
   EXPECT_EQ(value_of(text, "moed:experts_prefetched_total"), 5.0);
   EXPECT_EQ(value_of(text, "moed:experts_prefetched_unused_total"), 2.0);
   EXPECT_EQ(value_of(text, "moed:expert_evictions_total"), 3.0);
-  EXPECT_EQ(value_of(text, "moed:expert_copy_bytes_total"), 1'000'000'007.0);
-  EXPECT_EQ(value_of(text, "moed:expert_rows_total", "place=\"host\""), 100.0);
-  EXPECT_EQ(value_of(text, "moed:expert_rows_total", "place=\"device\""), 300.0);
+  EXPECT_EQ(value_of(text, "moed:h2d_bytes_total"), 1'000'000'007.0);
+  EXPECT_EQ(value_of(text, "moed:expert_requests_total", "place=\"host\""), 100.0);
+  EXPECT_EQ(value_of(text, "moed:expert_requests_total", "place=\"device\""), 300.0);
   EXPECT_EQ(value_of(text, "moed:expert_copy_wait_seconds_total"), 2.5);
+}
+
+TEST(ServerMetricsTest, LanesAddUpAndThePlanIsNamed) {
+  ServerMetrics metrics("m");
+  EXPECT_EQ(value_of(metrics.text(), "moed:lane_seconds", "ring_wait"), 0.0);
+  for (int i = 0; i < 2; ++i) metrics.add_times({.attention_us = 250'000.0, .host_experts_us = 1'000'000.0});
+  metrics.set_plan("hot", "split", 2);
+  const std::string text = metrics.text();
+  EXPECT_EQ(value_of(text, "moed:lane_seconds", "lane=\"attention\""), 0.5);
+  EXPECT_EQ(value_of(text, "moed:lane_seconds", "lane=\"host_experts\""), 2.0);
+  EXPECT_EQ(value_of(text, "moed:plan", "policy=\"hot\""), 1.0);
 }
 
 TEST(ServerMetricsTest, ARequestsTimeIsSplitAtItsFirstPassAndItsFirstToken) {
