@@ -26,7 +26,7 @@ CONTEXT_TOKENS = 256
 DEVICES = {
     # KV for two contexts.
     "host": (60, ["--kv-gib", "0.0113"]),
-    # Half the layers' first expert stays, the others go through slots for less than a quarter; KV on both sides.
+    # One expert of each layer stays, the others go through slots for a quarter of them; KV on both sides.
     "emulated": (30, ["--device", "emulated", "--device-memory-gib", "0.47", "--policy", "hot", "--kv", "split",
                       "--device-kv-gib", "0.003", "--kv-gib", "0.006", "--halves", "2", "--resident-experts", "1"]),
 }
@@ -342,7 +342,7 @@ def rss_mib(daemon):
 
 def settle(daemon, files_max):
     """Until nobody is served, no block is in use and the clients' connections are gone; the memory it then holds in MiB."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while any(state_of(daemon).values()) or num_files(daemon) > files_max:
         assert time.monotonic() < end, (state_of(daemon), num_files(daemon), files_max)
         time.sleep(0.1)
