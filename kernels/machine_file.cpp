@@ -8,11 +8,7 @@
 #include <iterator>
 #include <set>
 
-// toml++ asserts what a file may violate, and then handles it: the assertions would end a debug build.
-#define TOML_ASSERT(expression) static_cast<void>(0)
-#define TOML_EXCEPTIONS 0
-#define TOML_HEADER_ONLY 1
-#include <toml++/toml.h>
+#include "base/toml.h"
 
 namespace moed {
 namespace {

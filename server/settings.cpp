@@ -10,12 +10,7 @@
 #include <optional>
 #include <sstream>
 
-// toml++ asserts what a file may violate ("[[["), and then handles it: the assertions would end a debug build.
-#define TOML_ASSERT(expression) static_cast<void>(0)
-#define TOML_EXCEPTIONS 0
-#define TOML_HEADER_ONLY 1
-#include <toml++/toml.h>
-
+#include "base/toml.h"
 #include "server/settings_table.h"
 
 namespace moed {

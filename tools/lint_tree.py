@@ -32,7 +32,7 @@ HEADER_HOMES = [
     (re.compile(r"^(immintrin|x86intrin|arm_neon|oneapi/dnnl|dnnl)"), ("kernels/host/", "base/", "tests/")),
     (re.compile(r"^(grpc|google/protobuf|boost/(asio|beast)|openssl/|CLI/|prometheus/)"),
      ("server/", "proto/", "tests/")),
-    (re.compile(r"^toml\+\+"), ("server/settings", "kernels/machine_file.cpp", "tests/")),
+    (re.compile(r"^toml\+\+"), ("base/toml.h", "tests/")),
 ]
 
 FILE_LINES_MAX = 600
