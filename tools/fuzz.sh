@@ -13,9 +13,9 @@ jobs=${JOBS:-$(nproc)}
 build=$PWD/build/fuzz
 
 export RUSTC_WRAPPER=$PWD/tests/fuzz/rustc_covered.sh
-cmake --preset fuzz --log-level=WARNING
-cmake --build "$build" -j "$jobs" --target "${targets[@]/#/fuzz_}" >"$build/build.log" || { tail -50 "$build/build.log"; exit 1; }
 mkdir -p "$build/findings" "$build/logs"
+cmake --preset fuzz --log-level=WARNING >"$build/configure.log"
+cmake --build "$build" -j "$jobs" --target "${targets[@]/#/fuzz_}" >"$build/build.log" || { tail -50 "$build/build.log"; exit 1; }
 # Inputs that are read as files are written to memory.
 [ -w /dev/shm ] && export TMPDIR=/dev/shm
 
@@ -39,4 +39,4 @@ run_one() {
   return $code
 }
 export -f run_one
-printf '%s\n' "${targets[@]}" | xargs -P "$jobs" -I{} bash -c "run_one {} $seconds '$build'"
+printf '%s\n' "${targets[@]}" | xargs -P "$jobs" -I{} bash -c "run_one {} $seconds '$build'" || exit 1
