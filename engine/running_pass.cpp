@@ -162,18 +162,22 @@ void RunningPass::drop(Half& half, size_t index, Stream& stream) {
   count_runs(half);
 }
 
-// Rows [begin + gap, end) go to [begin, ...). Copies of at most `gap` rows never overlap.
+// Rows [begin + gap, end) go to [begin, ...). Between layers the rows' queries and outputs of experts are free: what
+// would overlap goes by way of them.
 void RunningPass::move_rows_up(const Half& half, int32_t begin, int32_t gap, Stream& stream) {
-  const RowViews views = rows(half);
-  for (int32_t to = begin; to + gap < half.num_rows; to += gap) {
-    const int32_t from = to + gap;
-    const int32_t count = std::min(gap, half.num_rows - from);
-    stream.copy(views.residual.row(to), views.residual.row(from),
-                count * views.residual.stride * int64_t{sizeof(float)});
-    stream.copy(views.attention.row(to), views.attention.row(from),
-                count * views.attention.stride * int64_t{sizeof(Bf16)});
-  }
   const int32_t behind = half.num_rows - begin - gap;
+  if (behind == 0) return;
+  const RowViews views = rows(half);
+  const auto move = [&](auto* to, const auto* from, auto* free, int64_t stride) {
+    const int64_t bytes = behind * stride * static_cast<int64_t>(sizeof(*to));
+    if (behind > gap) {
+      stream.copy(free, from, bytes);
+      from = free;
+    }
+    stream.copy(to, from, bytes);
+  };
+  move(views.residual.row(begin), views.residual.row(begin + gap), views.expert_outputs, views.residual.stride);
+  move(views.attention.row(begin), views.attention.row(begin + gap), views.q.row(0), views.attention.stride);
   std::memmove(views.tokens + begin, views.tokens + begin + gap, behind * sizeof(*views.tokens));
   std::memmove(views.positions + begin, views.positions + begin + gap, behind * sizeof(*views.positions));
   std::memmove(views.slots + begin, views.slots + begin + gap, behind * sizeof(*views.slots));

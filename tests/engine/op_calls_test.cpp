@@ -1,6 +1,8 @@
 #include <gtest/gtest.h>
 
+#include <array>
 #include <string>
+#include <utility>
 
 #include "kernels/op_ranges.h"
 #include "tests/engine/answers.h"
@@ -8,6 +10,22 @@
 
 namespace moed {
 namespace {
+
+// Counts the copies that pass through to a device's streams.
+class CountingStream final : public Stream {
+ public:
+  CountingStream(std::unique_ptr<Stream> stream, int& num_copies) : inner(std::move(stream)), num_copies_(num_copies) {}
+  void copy(void* target, const void* source, int64_t bytes) override {
+    ++num_copies_;
+    inner->copy(target, source, bytes);
+  }
+  void record(Event& event) override { inner->record(event); }
+  void wait(const Event& event) override { inner->wait(event); }
+  const std::unique_ptr<Stream> inner;
+
+ private:
+  int& num_copies_;
+};
 
 // Counts the calls that pass through to a device's ops.
 class CountingOps final : public QueuedOps {
@@ -19,7 +37,7 @@ class CountingOps final : public QueuedOps {
  private:
   void enqueue(OpCall call, Stream& stream) override {
     ++num_calls;
-    run_op(call, ops_, stream);
+    run_op(call, ops_, *static_cast<CountingStream&>(stream).inner);
   }
   Ops& ops_;
 };
@@ -30,7 +48,9 @@ class CountingDevice final : public Device {
   std::string_view description() const override { return device_->description(); }
   bool is_host() const override { return device_->is_host(); }
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return device_->allocate(bytes, memory); }
-  std::unique_ptr<Stream> make_stream() override { return device_->make_stream(); }
+  std::unique_ptr<Stream> make_stream() override {
+    return std::make_unique<CountingStream>(device_->make_stream(), num_copies);
+  }
   std::unique_ptr<Event> make_event() override { return device_->make_event(); }
   Ops& ops() override { return ops_; }
   Ops& host_ops() override { return device_->host_ops(); }
@@ -44,6 +64,7 @@ class CountingDevice final : public Device {
   int num_host_threads() const override { return device_->num_host_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t, int)> fn) override { device_->run_host(count, fn); }
   CountingOps& counted() { return ops_; }
+  int num_copies = 0;
 
  private:
   void release(std::byte*, int64_t, Memory) override { FAIL() << "a buffer belongs to the device that made it"; }
@@ -117,6 +138,37 @@ TEST_P(OpCalls, ALayerTakesFewCalls) {
         }
         box.engine().finish(std::move(pass));
       }
+    }
+  }
+}
+
+// Rows that close the gap of a dropped one are copied at once, however many they are.
+TEST_P(OpCalls, DroppingASequenceTakesFewCopies) {
+  const Model model = parse_tiny(tiny_models()[GetParam()]);
+  const auto source = dummy_weights(model, 21);
+  auto counting = std::make_unique<CountingDevice>(opened("emulated", {.num_threads = 1, .seed = 4}));
+  CountingDevice& device = *counting;
+  EngineBox box(model, *source, std::move(counting), small_config());
+  const std::vector<int32_t> tokens(30, 1);
+  const std::vector<std::vector<int32_t>> blocks = {{0, 1}, {2, 3}};
+  const auto sequence = [&](SequenceId id, int32_t num_rows) {
+    StepSequence made;
+    made.tokens = std::span(tokens).first(num_rows);
+    made.id = id;
+    made.num_prompt = made.num_new = num_rows;
+    made.blocks = blocks[id];
+    made.pool = Pool::kDevice;
+    return made;
+  };
+  for (const auto [num_rows, num_behind, num_copies] : {std::array{1, 30, 4}, {3, 7, 4}, {8, 8, 2}, {9, 2, 2}}) {
+    SCOPED_TRACE(std::to_string(num_rows) + " rows, " + std::to_string(num_behind) + " behind");
+    const StepSequence sequences[] = {sequence(0, num_rows), sequence(1, num_behind)};
+    Pass pass = box.engine().begin(sequences, box.plan(2));
+    box.engine().advance(pass);
+    for (const auto& [id, wanted] : {std::pair(0, num_copies), std::pair(1, 0)}) {
+      const int before = device.num_copies;
+      box.engine().drop(pass, id);
+      EXPECT_EQ(device.num_copies - before, wanted) << "sequence " << id;
     }
   }
 }
