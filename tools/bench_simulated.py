@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Simulated figures of the engine for docs/PERFORMANCE.md: runs `moed bench engine` on the machines of deploy/machines and
-prints Markdown tables. usage: bench_simulated.py [MOED]   (build/release/server/moed). Takes about two minutes."""
+prints Markdown tables. usage: bench_simulated.py [MOED]   (build/release/server/moed). Takes about three minutes."""
 
 import json
 import subprocess
@@ -20,6 +20,8 @@ BOUNDS = [
      "--policy stream --halves 2 --clients 4096 --prompt 64 --new 64 --pass-rows-max 16384"),
     ("copies or host: Qwen3-30B-A3B hot, 64 clients", "a40", "--shape qwen3-30b-a3b --device-memory-gib 16 --policy hot "
      "--clients 64 --prompt 32 --new 24"),
+    ("device: Mixtral, 8 layers, streamed, 12288 clients", "rtx5060ti", "--shape mixtral-8x7b --layers 8 --policy stream "
+     "--clients 12288 --prompt 4 --new 16 --pass-rows-max 12288"),
     ("device: Mixtral resident, 64 clients", "h200", "--shape mixtral-8x7b --policy device --kv device --clients 64 "
      "--prompt 64 --new 64"),
     ("device: Qwen3-30B-A3B resident, 64 clients", "h200", "--shape qwen3-30b-a3b --policy device --kv device "
@@ -31,11 +33,18 @@ BOUNDS = [
 ]
 HALVES = ("h200", "--shape mixtral-8x7b --layers 8 --policy device --kv host --clients 2048 --prompt 16 --new 40 "
           "--pass-rows-max 4096")
-# What a long prompt and eight decoders cost each other.
+# What a long prompt and eight decoders cost each other: with passes as large as the prompt, in which decoders take turns
+# with its layers, and in chunks in which they ride. Alone, both have the large passes.
 BESIDE = [
-    ("Mixtral resident", "h200", "--shape mixtral-8x7b --policy device --kv device --pass-rows-max 8192"),
-    ("Qwen3-30B-A3B hot", "rtx4090", "--shape qwen3-30b-a3b --policy hot --kv host --pass-rows-max 8192"),
+    ("Mixtral resident", "h200", "--shape mixtral-8x7b --policy device --kv device"),
+    ("Qwen3-30B-A3B resident", "h200", "--shape qwen3-30b-a3b --policy device --kv device"),
+    ("Qwen3-30B-A3B hot", "rtx4090", "--shape qwen3-30b-a3b --policy hot --kv host"),
 ]
+BESIDE_ALONE = "--pass-rows-max 8192"
+BESIDE_SETTINGS = ("--pass-rows-max 640", *(f"--pass-rows-max 8192 --yield-layers {layers}" for layers in (1, 4, 16)))
+# Experts that stay, against two slots without reuse, and against the same slots overwritten in turn.
+CACHE_FLAGS = "--shape qwen3-30b-a3b --layers 12 --policy hot --kv host --clients 16 --prompt 32 --new 48"
+CACHE_SLOTS = (16, 192, 768)
 SLOTS = ("rtx4090", "--shape qwen3-30b-a3b --layers 12 --policy hot --kv host --clients 16 --prompt 32 --new 48 "
          "--router zipf:1.0")
 
@@ -68,16 +77,16 @@ def print_halves(moed):
 
 
 def print_beside(moed):
-    print("\n| simulated: 8k prompt beside 8 decoders | machine | yield_layers | decode TPOT, of its own alone | "
+    print("\n| simulated: 8k prompt beside 8 decoders | machine | settings | decode TPOT, of its own alone | "
           "prefill, of its own alone |")
     print("|---|---|---|---|---|")
     for name, machine, flags in BESIDE:
-        alone_ms = bench(moed, machine, f"{flags} --clients 1 --prompt 8192 --new 1")["first_token"]["mean_ms"]
-        decode_ms = bench(moed, machine, f"{flags} --clients 8 --prompt 64 --new 60")["token"]["mean_ms"]
-        for layers in (1, 4, 16):
-            both = bench(moed, machine, f"{flags} --clients 8 --prompt 64 --new 200 --long-prompt 8192 "
-                                        f"--yield-layers {layers}")
-            print(f"| {name} | {machine} | {layers} | {both['token_beside_long']['mean_ms'] / decode_ms:.2f}x | "
+        alone = f"{flags} {BESIDE_ALONE}"
+        alone_ms = bench(moed, machine, f"{alone} --clients 1 --prompt 8192 --new 1")["first_token"]["mean_ms"]
+        decode_ms = bench(moed, machine, f"{alone} --clients 8 --prompt 64 --new 60")["token"]["mean_ms"]
+        for settings in BESIDE_SETTINGS:
+            both = bench(moed, machine, f"{flags} --clients 8 --prompt 64 --new 200 --long-prompt 8192 {settings}")
+            print(f"| {name} | {machine} | `{settings}` | {both['token_beside_long']['mean_ms'] / decode_ms:.2f}x | "
                   f"{both['long_prompt_ms'] / alone_ms:.2f}x |", flush=True)
 
 
@@ -91,12 +100,30 @@ def print_slots(moed):
         print(f"| {slots} | {steady['new_tokens_per_s']:.1f} | {100 * hits:.1f}% |", flush=True)
 
 
+def print_cache(moed):
+    print("\n| simulated: with a cache, of no reuse (of the same slots overwritten in turn) | machine | " +
+          " | ".join(f"{slots} slots" for slots in CACHE_SLOTS) + " |\n|---|---|" + "---|" * len(CACHE_SLOTS))
+    for machine in ("rtx4090", "a40"):
+        for router in ("uniform", "zipf:1.0", "shift:1.0:200"):
+            def rate(slots, cache, flags=f"{CACHE_FLAGS} --router {router}"):
+                run = bench(moed, machine, f"{flags} --ring-slots {slots} --expert-cache {cache}")
+                return run["steady"]["new_tokens_per_s"]
+
+            without = rate(2, 0)
+            cells = []
+            for slots in CACHE_SLOTS:
+                cached = rate(slots, 1)
+                cells.append(f"{cached / without:.2f}x ({cached / rate(slots, 0):.2f}x)")
+            print(f"| {router} | {machine} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main(arguments):
     moed = arguments[0] if arguments else str(ROOT / "build/release/server/moed")
     print_bounds(moed)
     print_halves(moed)
     print_beside(moed)
     print_slots(moed)
+    print_cache(moed)
     return 0
 
 

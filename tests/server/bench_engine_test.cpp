@@ -15,6 +15,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr const char* kNothing[] = {nullptr};
+constexpr const char* kH200 = "simulated:" MOED_SOURCE_DIR "/deploy/machines/h200.toml";
 constexpr const char* kA40 = "simulated:" MOED_SOURCE_DIR "/deploy/machines/a40.toml";
 
 Json parsed(const std::string& path) {
@@ -98,6 +99,48 @@ TEST(BenchEngine, StreamingTakesTheTimeOfItsBytes) {
   EXPECT_GT(steady["seconds"].get<double>(), 0.96 * least_s);  // jitter and drift work both ways
   EXPECT_LT(steady["seconds"].get<double>(), 1.10 * least_s);
   EXPECT_GT(steady["busy"]["copies_up"].get<double>(), 0.9);
+}
+
+// Experts that stay are at least as fast as streaming without reuse, which two slots make sure of.
+TEST(BenchEngine, ACacheNeverLoses) {
+  for (const char* router : {"uniform", "zipf:1.0", "shift:1.0:100"}) {
+    const auto run = [&](const char* slots, const char* cache) {
+      return bench({"--shape", "olmoe-1b-7b", "--layers", "4", "--policy", "hot", "--clients", "8", "--prompt", "16",
+                    "--new", "40", "--router", router, "--ring-slots", slots, "--expert-cache", cache});
+    };
+    const auto rate = [](const Json& json) { return json["steady"]["new_tokens_per_s"].get<double>(); };
+    const Json without = run("2", "0");
+    ASSERT_TRUE(without.is_object());
+    EXPECT_EQ(without["expert_cache"], false);
+    auto hits_before = without["steady"]["experts"]["hits"].get<double>();
+    for (const char* slots : {"8", "48", "128"}) {
+      const Json with = run(slots, "1");
+      ASSERT_TRUE(with.is_object());
+      EXPECT_EQ(with["expert_cache"], true);
+      EXPECT_GE(rate(with), 0.98 * rate(without)) << router << ", " << slots << " slots";
+      const auto hits = with["steady"]["experts"]["hits"].get<double>();
+      EXPECT_GT(hits, hits_before) << router << ", " << slots << " slots";
+      hits_before = hits;
+    }
+  }
+}
+
+// Decode rows ride in the chunks of a long prompt, where chunks are as large as one sweep of the weights pays for: both
+// are then nearly as fast as alone.
+TEST(BenchEngine, ALongPromptCarriesTheOthers) {
+  const auto run = [](const char* clients, const char* prompt, const char* tokens, std::vector<std::string> more) {
+    std::vector<std::string> args{"--shape",  "mixtral-8x7b", "--layers", "8",         "--policy",
+                                  "device",   "--kv",         "device",   "--clients", clients,
+                                  "--prompt", prompt,         "--new",    tokens,      "--pass-rows-max"};
+    args.insert(args.end(), more.begin(), more.end());
+    return bench(args, kH200);
+  };
+  const Json prompt = run("1", "8192", "1", {"8192"});
+  const Json decode = run("8", "64", "60", {"640"});
+  const Json both = run("8", "64", "120", {"640", "--long-prompt", "8192"});
+  ASSERT_TRUE(prompt.is_object() && decode.is_object() && both.is_object());
+  EXPECT_LE(both["long_prompt_ms"].get<double>(), 1.3 * prompt["first_token"]["mean_ms"].get<double>());
+  EXPECT_LE(both["token_beside_long"]["mean_ms"].get<double>(), 1.5 * decode["token"]["mean_ms"].get<double>());
 }
 
 TEST(BenchEngine, ALongPromptIsMeasuredBesideTheOthers) {
