@@ -9,8 +9,9 @@
 namespace moed {
 namespace {
 
-// Rows that ask for each expert of a layer this often, on average, want nearly all of them: nothing is to be foreseen.
-constexpr int32_t kPredictedRowsMax = 2;
+// Predictions pay while rows want less than one in so many of a layer's experts: where they want more, what they bring
+// pushes out what is wanted as much.
+constexpr int32_t kPredictedRows = 2;
 
 // The host runs experts until about this much of their weights has been read, then looks after the ring: 0.2 ms at 80
 // GB/s, less than two packets take.
@@ -153,7 +154,7 @@ bool MoeExecutor::wants_prediction(const Work& work) const {
   const int32_t next = work.layer + 1;
   const int32_t num_pairs = work.rows.residual.rows * model_.moe.router.top_k;
   return streams(plan) && !all_fit_ && work.half.num_paths() == 1 && next < model_.num_layers &&
-         num_pairs < kPredictedRowsMax * model_.moe.num_experts && model_.layers[next] == LayerKind::kMoe &&
+         num_pairs * kPredictedRows < model_.moe.num_experts && model_.layers[next] == LayerKind::kMoe &&
          plan.layers[next] == LayerMode::kRouted && ring_->wants_prediction(next);
 }
 
