@@ -88,7 +88,9 @@ const SettingRow kRows[] = {
 
     {"scheduler.bulk_rows_min", at<&S::scheduler, &S::Scheduler::bulk_rows_min>,
      "A prefill of more rows runs in a bulk pass, which lets running answers go first", 1, 1 << 20},
-    {"scheduler.pass_rows_max", at<&S::scheduler, &S::Scheduler::pass_rows_max>, "Rows (tokens) in one pass", 2, 65536},
+    {"scheduler.pass_rows_max", at<&S::scheduler, &S::Scheduler::pass_rows_max>,
+     "Rows (tokens) in one pass. 640 lets decode rows ride in long prompts where a GPU holds a few large experts all",
+     2, 65536},
     {"scheduler.sequences_max", at<&S::scheduler, &S::Scheduler::sequences_max>, "Sequences that run at once", 1,
      65536},
     {"scheduler.queue_max", at<&S::scheduler, &S::Scheduler::queue_max>,
