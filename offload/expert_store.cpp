@@ -50,7 +50,10 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
     if (config.layers[id.layer] != LayerKind::kMoe) continue;
     for (id.expert = 0; id.expert < store.num_experts_; ++id.expert, blob += stride) add_loads(model, id, blob, &loads);
   }
-  MOED_RETURN_IF_ERROR(store.read(source, loads, progress, pins));
+  if (Status status = store.read(source, loads, progress, pins); !status.ok()) {
+    if (pins != nullptr) pins->clear();
+    return status;
+  }
   return store;
 }
 

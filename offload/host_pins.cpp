@@ -4,8 +4,11 @@
 
 namespace moed {
 
-HostPins::~HostPins() {
+HostPins::~HostPins() { clear(); }
+
+void HostPins::clear() {
   for (const Piece& piece : pieces_) device_->unpin(piece.data);
+  pieces_.clear();
 }
 
 void HostPins::pin(std::byte* data, int64_t bytes) {

@@ -28,6 +28,8 @@ class HostPins {
   int64_t chunk_bytes() const { return chunk_bytes_; }
   // A refusal is kept in refusal(), and the piece is not covered.
   void pin(std::byte* data, int64_t bytes);
+  // Unpins all of it: before memory goes that was pinned in vain.
+  void clear();
   bool covers(const std::byte* data, int64_t bytes) const;
   int64_t bytes() const;
   // Why a piece could not be pinned; ok: none was refused.
