@@ -88,7 +88,7 @@ class HybridEngine : public Engine {
   void copy_block(Pool pool, int32_t from, int32_t to) override {
     const KvPool* kv = pool == Pool::kHost ? kv_.get() : device_kv_.get();
     MOED_CHECK(kv != nullptr) << "this engine has no KV pool on the device";
-    kv->copy_block(from, to, *stream_);
+    kv->copy_block(from, to, device_.ops(), *stream_);
   }
 
   EngineStats stats() const override {

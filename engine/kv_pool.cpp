@@ -21,6 +21,11 @@ StatusOr<KvPool> KvPool::make(const ModelConfig& model, const KvPoolConfig& conf
   pool.num_kv_heads_ = model.attention.num_kv_heads;
   pool.head_dim_ = model.attention.head_dim;
   pool.block_elements_ = int64_t{2} * model.kv_size() * config.block_tokens;
+  if (pool.block_elements_ > std::numeric_limits<int32_t>::max()) {
+    return invalid_argument("block_tokens is " + std::to_string(config.block_tokens) +
+                            "; a block of a layer may hold at most " +
+                            std::to_string(std::numeric_limits<int32_t>::max()) + " elements");
+  }
   const int64_t bytes = pool.block_bytes() * config.num_layers;
   if (config.num_blocks > std::numeric_limits<int64_t>::max() / bytes) {
     return Status(StatusCode::kResourceExhausted, std::to_string(config.num_blocks) + " KV blocks of " +
@@ -40,13 +45,14 @@ KvLayer KvPool::layer(int32_t layer) const {
   return view;
 }
 
-void KvPool::copy_block(int32_t from, int32_t to, Stream& stream) const {
+void KvPool::copy_block(int32_t from, int32_t to, Ops& ops, Stream& stream) const {
   MOED_CHECK(from >= 0 && from < num_blocks() && to >= 0 && to < num_blocks()) << from << " -> " << to;
   if (from == to) return;
-  for (int32_t index = 0; index < config_.num_layers; ++index) {
-    const KvLayer view = layer(index);
-    stream.copy(view.base + to * block_elements_, view.base + from * block_elements_, block_bytes());
-  }
+  const auto layers = [&](int32_t block) {
+    return Matrix<Bf16>(memory_.as<Bf16>() + block * block_elements_, config_.num_layers,
+                        static_cast<int32_t>(block_elements_), config_.num_blocks * block_elements_);
+  };
+  ops.move(layers(from), layers(to), stream);
 }
 
 }  // namespace moed

@@ -24,8 +24,9 @@ class KvPool {
   static StatusOr<KvPool> make(const ModelConfig& model, const KvPoolConfig& config, Device& device);
 
   KvLayer layer(int32_t layer) const;
-  // Enqueued: ordered with what else runs on the stream. REQUIRES: both in [0, num_blocks()).
-  void copy_block(int32_t from, int32_t to, Stream& stream) const;
+  // Enqueued: ordered with what else runs on the stream. One kernel for all layers: between two places of the host's
+  // memory a stream's copy would wait on the host until the stream has come to it. REQUIRES: both in [0, num_blocks()).
+  void copy_block(int32_t from, int32_t to, Ops& ops, Stream& stream) const;
   int64_t num_blocks() const { return config_.num_blocks; }
   int32_t block_tokens() const { return config_.block_tokens; }
   int64_t block_bytes() const { return block_elements_ * int64_t{sizeof(Bf16)}; }  // of one layer

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -297,6 +298,33 @@ TEST(EngineMemory, BadConfigsNameTheField) {
       std::string::npos);
 }
 
+class StreamWithoutCopies final : public Stream {
+ public:
+  void copy(void*, const void*, int64_t) override { ADD_FAILURE() << "a copy between places of the same memory"; }
+  void record(Event&) override {}
+  void wait(const Event&) override {}
+};
+
+TEST(KvPool, ABlockIsCopiedByKernels) {
+  const Model model = parse_tiny(tiny_models()[0]);
+  const auto host = open_device("cpu", {.num_threads = 1}).value();
+  const auto pool = KvPool::make(model.config, {3, 16, model.config.num_layers, Memory::kMapped}, *host);
+  ASSERT_TRUE(pool.ok());
+  for (int32_t layer = 0; layer < model.config.num_layers; ++layer) {
+    Bf16* block = pool->layer(layer).k(2, 0);
+    std::fill_n(block, pool->layer(layer).block_stride, Bf16(static_cast<float>(layer + 1)));
+  }
+  StreamWithoutCopies stream;
+  pool->copy_block(2, 0, host->ops(), stream);
+  for (int32_t layer = 0; layer < model.config.num_layers; ++layer) {
+    const KvLayer view = pool->layer(layer);
+    EXPECT_EQ(std::memcmp(view.k(0, 0), view.k(2, 0), static_cast<size_t>(pool->block_bytes())), 0);
+    EXPECT_EQ(view.k(1, 0)->bits, 0);
+  }
+  const KvPoolConfig huge{1, 1 << 30, 1, Memory::kMapped};
+  EXPECT_NE(KvPool::make(model.config, huge, *host).status().message().find("block_tokens"), std::string::npos);
+}
+
 TEST(KvPool, BlocksOfAllLayersAreApart) {
   const Model model = parse_tiny(tiny_models()[0]);
   const auto host = open_device("cpu", {.num_threads = 1});
@@ -330,8 +358,8 @@ TEST(KvPool, BlocksOfAllLayersAreApart) {
   const auto stream = device->make_stream();
   const std::vector<Bf16> first(last.k(0, 0), last.k(0, 0) + elements);
   stream->copy(last.k(4, 0), first.data(), static_cast<int64_t>(elements * sizeof(Bf16)));
-  pool->copy_block(4, 1, *stream);
-  pool->copy_block(2, 4, *stream);
+  pool->copy_block(4, 1, device->ops(), *stream);
+  pool->copy_block(2, 4, device->ops(), *stream);
   EXPECT_EQ(std::memcmp(last.k(4, 0), before.data(), elements * sizeof(Bf16)), 0);
   const auto copied = device->make_event();
   stream->record(*copied);
