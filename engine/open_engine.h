@@ -36,6 +36,8 @@ class OpenedEngine {
   Engine& engine() { return *engine_; }
   // What the device may give out of memory of its own; 0: it has none.
   int64_t device_memory_bytes() const;
+  // Device::memory_is_host().
+  bool device_memory_is_host() const { return device_->memory_is_host(); }
   // "cpu: AMD EPYC, avx512_bf16, 2 threads"
   std::string_view description() const;
   // On the clock that the device's work is measured by.

@@ -117,6 +117,8 @@ class Device {
   // What allocate(kDevice) may give out in all, the device's cap (DeviceOptions::memory_gib) considered; 0: the device
   // has no memory of its own.
   virtual int64_t memory_bytes() const { return 0; }
+  // Whether that is taken out of the host's memory, so that both must fit there.
+  virtual bool memory_is_host() const { return false; }
   // Makes host memory fit for copies at full speed and for reads and writes by kernels, until unpin() of the same
   // address. Costs about 0.1 s/GB. Errors: kResourceExhausted where the system refuses: copies of it go through pinned
   // memory then (CopyQueue). Start-up; any thread.

@@ -64,6 +64,7 @@ class TracedDevice final : public Device {
   Stream& host_stream() override { return *host_stream_; }
   std::unique_ptr<HostAttention> make_host_attention() override;
   int64_t memory_bytes() const override { return inner_->memory_bytes(); }
+  bool memory_is_host() const override { return inner_->memory_is_host(); }
   Status pin(std::byte* data, int64_t bytes) override { return inner_->pin(data, bytes); }
   void unpin(std::byte* data) override { inner_->unpin(data); }
   double now_us() const override { return inner_->now_us(); }

@@ -171,8 +171,9 @@ DeviceDemand device_demand(const ModelConfig& config, const BudgetLimits& limits
 std::string MemoryBudget::describe() const {
   return "need " + gib(total_bytes()) + " GiB: weights " + gib(dense_weight_bytes + expert_weight_bytes) +
          " (experts " + gib(expert_weight_bytes) + "), KV " + gib(kv_bytes) + " (" + std::to_string(kv_blocks) +
-         " blocks), activations " + gib(activation_bytes) + ", process " + gib(process_bytes) + "; free " +
-         gib(free_bytes) + " (" + free_source + ")";
+         " blocks), activations " + gib(activation_bytes) + ", process " + gib(process_bytes) +
+         (emulated_bytes > 0 ? ", emulated device " + gib(emulated_bytes) : "") + "; free " + gib(free_bytes) + " (" +
+         free_source + ")";
 }
 
 int64_t dense_weight_bytes(const ModelConfig& config) {
@@ -206,6 +207,7 @@ StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimi
   if (machine.device_bytes > 0) {
     const DeviceDemand demand = device_demand(config, limits, budget, context_tokens, context_min);
     MOED_ASSIGN_OR_RETURN(budget.device, device_budget(demand, machine.device_bytes));
+    if (machine.device_is_host) budget.emulated_bytes = budget.device.total_bytes();
   }
   if (limits.kv != KvPlacement::kDevice) {
     MOED_RETURN_IF_ERROR(give_host_kv(config, limits, context_tokens, context_min, budget));

@@ -14,8 +14,9 @@ namespace moed {
 // server/, judged here.
 struct MachineMemory {
   int64_t host_free_bytes = 0;
-  std::string source;        // "MemAvailable" or "cgroup memory.max"
-  int64_t device_bytes = 0;  // 0: the device has no memory of its own
+  std::string source;           // "MemAvailable" or "cgroup memory.max"
+  int64_t device_bytes = 0;     // 0: the device has no memory of its own
+  bool device_is_host = false;  // what the device takes is taken of the host's: an emulated device
 };
 
 struct BudgetLimits {
@@ -42,13 +43,14 @@ struct MemoryBudget {
   int64_t kv_bytes = 0;
   int64_t activation_bytes = 0;  // of two passes alive
   int64_t process_bytes = 0;     // base of the process: code, tokenizer, I/O
+  int64_t emulated_bytes = 0;    // of a device whose memory is the host's: device.total_bytes()
   int64_t free_bytes = 0;
   std::string free_source;  // MachineMemory::source
   int64_t kv_blocks = 0;    // of pool kHost
   int32_t max_model_len = 0;
   DeviceBudget device;
   int64_t total_bytes() const {
-    return dense_weight_bytes + expert_weight_bytes + kv_bytes + activation_bytes + process_bytes;
+    return dense_weight_bytes + expert_weight_bytes + kv_bytes + activation_bytes + process_bytes + emulated_bytes;
   }
   // Of the host: "need 38.2 GiB: weights 30.1, KV 6.0, activations 1.1, process 1.0; free 37.4 (MemAvailable)".
   // device.describe() says the device's.

@@ -115,6 +115,7 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
   config.ring.resident = planning.residency.resident;
   config.ring.staging_slots = std::min(limits.passing_slots, config.ring.num_slots);
   config.ring.cache = planning.policy->cache && cache;
+  config.ring.packet_bytes = packet_bytes(planning.rates);
   return config;
 }
 
@@ -157,6 +158,7 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
                         resolve_placement(placement_request(settings), model.config, has_device));
   MachineMemory machine = machine_memory();
   machine.device_bytes = opened->device_memory_bytes();
+  machine.device_is_host = opened->device_memory_is_host();
   if (opened->is_simulated()) {
     machine.host_free_bytes = opened->host_memory_bytes();
     machine.source = "simulated";

@@ -189,6 +189,7 @@ class EmulatedDevice final : public Device {
     return std::make_unique<EmulatedHostAttention>(emulation_);
   }
   int64_t memory_bytes() const override { return emulation_.memory->capacity_bytes(); }
+  bool memory_is_host() const override { return true; }
   Status pin(std::byte* data, int64_t bytes) override {
     MOED_CHECK(data != nullptr && bytes > 0) << "pin: " << bytes << " bytes";
     MOED_CHECK(!emulation_.memory->is_device(data)) << "pin: device memory";

@@ -184,6 +184,26 @@ TEST(MemoryBudget, ADeviceAddsItsPart) {
   EXPECT_GT(split->device.kv_blocks, 0);
 }
 
+TEST(MemoryBudget, ADeviceInTheHostsMemoryCountsTwice) {
+  MachineMemory machine{.host_free_bytes = 8 * kGiB, .source = "MemAvailable", .device_bytes = 4 * kGiB};
+  BudgetLimits limits{.pass_rows_max = 64, .sequences_max = 4, .experts_on_device = true};
+  limits.kv = KvPlacement::kDevice;
+  limits.device_kv_gib = 2.0;
+  const MemoryBudget apart = memory_budget(small_model(), limits, machine).value();
+  EXPECT_EQ(apart.emulated_bytes, 0);
+  machine.device_is_host = true;
+  const MemoryBudget within = memory_budget(small_model(), limits, machine).value();
+  EXPECT_EQ(within.device.total_bytes(), apart.device.total_bytes());
+  EXPECT_GE(within.device.total_bytes(), 2 * kGiB);
+  EXPECT_EQ(within.total_bytes(), apart.total_bytes() + apart.device.total_bytes());
+  machine.host_free_bytes = within.total_bytes() - 1;
+  const auto refused = memory_budget(small_model(), limits, machine);
+  EXPECT_EQ(refused.status().code(), StatusCode::kResourceExhausted);
+  EXPECT_NE(refused.status().message().find("emulated device 2."), std::string::npos) << refused.status().message();
+  machine.device_is_host = false;
+  EXPECT_TRUE(memory_budget(small_model(), limits, machine).ok());
+}
+
 TEST(MemoryBudget, WithoutADeviceNothingLiesOnIt) {
   const MachineMemory machine{.host_free_bytes = 8 * kGiB, .source = "MemAvailable"};
   BudgetLimits limits{.pass_rows_max = 64, .sequences_max = 4, .experts_on_device = true};

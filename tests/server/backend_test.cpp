@@ -221,6 +221,19 @@ TEST_F(BackendTest, PlacementThatCannotBeIsRefusedBeforeWeightsAreLoaded) {
   }
 }
 
+// Its memory is the host's: what both take must be there.
+TEST_F(BackendTest, AnEmulatedDeviceLargerThanTheHostIsRefused) {
+  const double free_gib = static_cast<double>(machine_memory().host_free_bytes) / (1 << 30);
+  Settings settings = settings_for("emulated");
+  settings.device.device_memory_gib = free_gib + 8;
+  settings.placement.kv = "device";
+  settings.memory.device_kv_gib = free_gib + 2;
+  const auto backend = load_with(settings);
+  ASSERT_FALSE(backend.ok());
+  EXPECT_EQ(backend.status().code(), StatusCode::kResourceExhausted);
+  EXPECT_NE(backend.status().message().find(", emulated device "), std::string::npos) << backend.status().message();
+}
+
 TEST(MachineMemory, IsWhatThisMachineHas) {
   const MachineMemory memory = machine_memory();
   EXPECT_GT(memory.host_free_bytes, 0);
