@@ -238,6 +238,14 @@ MachineRates machine_rates(const MachineProfile& machine) {
           .device_bytes = machine.device_bytes};
 }
 
+int64_t packet_bytes(const MachineRates& rates) {
+  constexpr double kPacketUs = 300.0;
+  constexpr double kBytesMin = 64 << 10, kBytesMax = 4 << 20;
+  constexpr int64_t kStepBytes = 256;
+  const double bytes = std::clamp(kPacketUs * rates.link_bytes, kBytesMin, kBytesMax);
+  return static_cast<int64_t>(bytes) / kStepBytes * kStepBytes;
+}
+
 std::span<const Policy> policies() { return kPolicies; }
 
 std::string_view name_of(KvPlacement place) {

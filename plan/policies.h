@@ -28,6 +28,10 @@ struct MachineRates {
 // the other: each at the rate that the other leaves it.
 MachineRates machine_rates(const MachineProfile& machine);
 
+// Of one copy of the ring, so that what is wanted at once never waits behind it for more than 0.3 ms of the link; a
+// multiple of 256. Beyond a few MiB a larger one is no faster.
+int64_t packet_bytes(const MachineRates& rates);
+
 // What an expert of this model costs at those rates: a copy is its bytes over the link; on the host its weights are
 // read once, and each row is a product; on the device only the rows count, the weights being read far faster than they
 // come.

@@ -116,6 +116,7 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
   config.ring.staging_slots = std::min(limits.passing_slots, config.ring.num_slots);
   config.ring.cache = planning.policy->cache && cache;
   config.ring.packet_bytes = packet_bytes(planning.rates);
+  config.ring.packet_bytes = packet_bytes(planning.rates);
   return config;
 }
 

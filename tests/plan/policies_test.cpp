@@ -202,6 +202,21 @@ TEST(ResolvePlacement, AutoFollowsTheDevice) {
   EXPECT_EQ(resolve_placement({.kv = "split"}, config, true)->kv, KvPlacement::kSplit);
 }
 
+TEST(PacketBytes, AreAtMostAThirdOfAMillisecondOfTheLink) {
+  const auto of_link = [](double bytes_per_us) { return packet_bytes({.link_bytes = bytes_per_us}); };
+  EXPECT_EQ(of_link(1e6), 4 << 20);
+  EXPECT_EQ(of_link(1.0), 64 << 10);
+  int64_t before = 0;
+  for (const double link : {250.0, 1'000.0, 3'939.0, 7'880.0, 12'000.5}) {
+    const int64_t bytes = of_link(link);
+    EXPECT_EQ(bytes % 256, 0);
+    EXPECT_LE(static_cast<double>(bytes) / link, 300.0) << link;
+    EXPECT_GT(static_cast<double>(bytes) / link, 295.0) << link;
+    EXPECT_GT(bytes, before);
+    before = bytes;
+  }
+}
+
 TEST(ResolvePlacement, ResidentExpertsByNumberOrByName) {
   const ModelConfig config = model(3, 8, 2);
   const auto resident = [&](std::vector<std::string> texts) {
