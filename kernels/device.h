@@ -154,7 +154,7 @@ struct DeviceOptions {
   int num_threads = 0;         // compute threads of the host, the serving thread counted; 0: default_compute_threads()
   bool deterministic = false;  // one kernel family with one K order for every number of rows
   std::string_view isa;        // "": the best the CPU has; else "avx512_bf16", "avx512", "avx2" or "portable"
-  double memory_gib = 0.0;     // of the device's own memory; 0: as the device has. The host device has none of its own
+  double memory_gib = 0.0;     // cap on the device's own memory; 0: none. The host device has none of its own
   uint64_t seed = 0;           // of what an emulated device leaves to chance
   std::string_view router;     // what a simulated device's router answers: "zipf:1.0" (RouterSource); "": uniform
   std::string_view faults;     // for tests: what goes wrong on an emulated device, "copy:17,memory:5" (Faults)

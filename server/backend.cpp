@@ -116,7 +116,6 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
   config.ring.staging_slots = std::min(limits.passing_slots, config.ring.num_slots);
   config.ring.cache = planning.policy->cache && cache;
   config.ring.packet_bytes = packet_bytes(planning.rates);
-  config.ring.packet_bytes = packet_bytes(planning.rates);
   return config;
 }
 
@@ -149,10 +148,20 @@ DeviceSpec device_spec(const Settings& settings) {
   return spec;
 }
 
+// A cap above what is there caps nothing; who set it may have thought of another device.
+void warn_of_memory(const Settings& settings, const OpenedEngine& opened) {
+  const double asked_gib = settings.device.device_memory_gib;
+  const double there_gib = static_cast<double>(opened.device_memory_bytes()) / (1 << 30);
+  // Devices round to bytes.
+  if (asked_gib <= there_gib + 1e-6) return;
+  spdlog::warn("device.device_memory_gib is {}; the device has {:.2f} GiB to give", asked_gib, there_gib);
+}
+
 StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened, const Settings& settings,
                                            const Model& model, const LoadProgress& progress, bool cache) {
   MOED_ASSIGN_OR_RETURN(const auto source, open_source(settings, model, opened->is_simulated()));
   spdlog::info("device: {}", opened->description());
+  warn_of_memory(settings, *opened);
 
   const bool has_device = opened->device_memory_bytes() > 0;
   MOED_ASSIGN_OR_RETURN(const Placement placement,

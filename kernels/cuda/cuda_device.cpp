@@ -1,5 +1,6 @@
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -124,7 +125,7 @@ StatusOr<Found> find_device(int32_t index) {
   return found;
 }
 
-// What allocate() may give out: the cap, or what is free without what kernels and libraries take.
+// What allocate() may give out: what is free without what kernels and libraries take, at most the cap.
 StatusOr<int64_t> capacity_bytes(const Found& found, double memory_gib) {
   size_t free_bytes = 0, all_bytes = 0;
   const cudaError_t error = cudaMemGetInfo(&free_bytes, &all_bytes);
@@ -133,14 +134,14 @@ StatusOr<int64_t> capacity_bytes(const Found& found, double memory_gib) {
                   "device cuda:" + std::to_string(found.index) + ": no context: " + error_text(error), "device");
   }
   const double room_gib = static_cast<double>(static_cast<int64_t>(free_bytes) - CudaMemory::kOwnBytes) / kGib;
-  if (room_gib <= 0.0 || !(memory_gib >= 0.0 && memory_gib <= room_gib)) {
+  if (room_gib <= 0.0 || !(memory_gib >= 0.0)) {
     char text[192];
     std::snprintf(text, sizeof(text), "device memory of %.2f GiB: %s has %.2f GiB free, %.2f of which kernels take",
                   memory_gib, found.name.c_str(), static_cast<double>(free_bytes) / kGib,
                   static_cast<double>(CudaMemory::kOwnBytes) / kGib);
     return invalid_argument(text, "device_memory_gib");
   }
-  return std::llround((memory_gib == 0.0 ? room_gib : memory_gib) * kGib);
+  return std::llround((memory_gib == 0.0 ? room_gib : std::min(memory_gib, room_gib)) * kGib);
 }
 
 StatusOr<std::unique_ptr<Device>> open_index(int32_t index, const DeviceOptions& options) {

@@ -234,6 +234,19 @@ TEST_F(BackendTest, AnEmulatedDeviceLargerThanTheHostIsRefused) {
   EXPECT_NE(backend.status().message().find(", emulated device "), std::string::npos) << backend.status().message();
 }
 
+TEST_F(BackendTest, ACapAboveTheDevicesMemoryIsSaidAndCapsNothing) {
+  for (const double gib : {1000.0, 1.0, 0.0}) {
+    Settings settings = settings_for("simulated:" + std::string(MOED_SOURCE_DIR) + "/deploy/machines/rtx4090.toml");
+    settings.device.device_memory_gib = gib;
+    CapturedLog log;
+    const auto backend = load_with(settings);
+    ASSERT_TRUE(backend.ok()) << backend.status().message();
+    EXPECT_EQ(log.count("device.device_memory_gib is 1000"), gib == 1000.0 ? 1 : 0);
+    EXPECT_EQ(log.count("[warning]"), gib == 1000.0 ? 1 : 0);
+    EXPECT_EQ((*backend)->budget().device.memory_bytes == int64_t{1} << 30, gib == 1.0);
+  }
+}
+
 TEST(MachineMemory, IsWhatThisMachineHas) {
   const MachineMemory memory = machine_memory();
   EXPECT_GT(memory.host_free_bytes, 0);
