@@ -48,9 +48,12 @@ const SettingRow kRows[] = {
      "trace|debug|info|warn|error"},
     {"server.log_json", at<&S::server, &S::Server::log_json>, "Write the log as JSON, one object a line"},
 
-    {"device.device", at<&S::device, &S::Device::device>, "Device that runs the model: cpu, emulated or emulated:FILE"},
+    {"device.device", at<&S::device, &S::Device::device>,
+     "Device that runs the model: cpu, emulated or emulated:FILE; cuda or cuda:N where the build has it"},
     {"device.device_memory_gib", at<&S::device, &S::Device::device_memory_gib>,
-     "Cap on the device's memory in GiB; 0: none (4 GiB on emulated), and so it must be on cpu", 0, kGibMax},
+     "Cap on the device's memory in GiB, above what it has without effect; 0: none (4 GiB on emulated), and so it must "
+     "be on cpu",
+     0, kGibMax},
     {"device.threads", at<&S::device, &S::Device::threads>,
      "Compute threads, the serving thread counted; 0: the physical cores that affinity and cgroup allow", 0, 1024},
     {"device.deterministic", at<&S::device, &S::Device::deterministic>,
@@ -70,7 +73,8 @@ const SettingRow kRows[] = {
      "Where experts run. host: all on the CPU. device: all in device memory. stream: every layer's experts come "
      "through "
      "the ring in order, for many rows a pass. hot: those most asked for stay in device memory, others are copied or "
-     "run on the CPU, as costs say. auto: hot where the device has memory of its own, else host",
+     "run on the CPU, as costs say, which are placeholders on real devices until calibrated. auto: hot where the "
+     "device has memory of its own, else host",
      0, 0, "auto|host|device|stream|hot"},
     {"placement.kv", at<&S::placement, &S::Placement::kv>,
      "Where the KV cache lives, and so where attention runs; split: on the device while a prompt fits there, else on "
