@@ -139,12 +139,16 @@ __device__ inline SoftmaxState<kValues> attend_chunks(const AttentionArgs& args,
   const int32_t last_row = (task.first_vector + task.num_vectors - 1) / args.group;
   const int32_t begin = task.chunk_begin * kChunkPositions;
   const int32_t end = min(task.chunk_end * kChunkPositions, task.num_cached + last_row + 1);
+  const auto bring_ids = [&](int32_t position) {
+    tile.bring_ids(task.blocks, position, end, args.kv.block_tokens);
+    __syncthreads();  // the chunk's ids are there
+  };
   const auto bring_k = [&](int32_t position) {
-    tile.template bring_window<kDim>(tile.k, args, task.blocks, {position, end, 0},
+    tile.template bring_window<kDim>(tile.k, args, {position, end, 0},
                                      [&](int32_t block) { return k_of(args.kv, block, head); });
   };
   const auto bring_v = [&](int32_t position) {
-    tile.template bring_window<kValues>(tile.v, args, task.blocks, {position, end, first_value},
+    tile.template bring_window<kValues>(tile.v, args, {position, end, first_value},
                                         [&](int32_t block) { return v_of(args.kv, block, head); });
   };
   int32_t seen[2];
@@ -155,6 +159,7 @@ __device__ inline SoftmaxState<kValues> attend_chunks(const AttentionArgs& args,
   SoftmaxState<kValues> all;
   SoftmaxState<kValues> chunk;
   tile.bring_q(args, task, head);
+  bring_ids(begin);
   bring_k(begin);
   copy_async_commit();
   for (int32_t position = begin; position < end; position += kStepPositions) {
@@ -165,7 +170,10 @@ __device__ inline SoftmaxState<kValues> attend_chunks(const AttentionArgs& args,
     float scores[kStepPositions / 8][4] = {};
     tile.score(scores);
     __syncthreads();  // all have done with K
-    if (position + kStepPositions < end) bring_k(position + kStepPositions);
+    const int32_t next = position + kStepPositions;
+    const bool chunk_ends = next % kChunkPositions == 0;
+    if (chunk_ends && next < end) bring_ids(next);
+    if (next < end) bring_k(next);
     copy_async_commit();
     const int32_t visible[2] = {seen[0] - position, seen[1] - position};
     soften<kValues>(visible, args.scale, scores, chunk);
@@ -173,8 +181,7 @@ __device__ inline SoftmaxState<kValues> attend_chunks(const AttentionArgs& args,
     __syncthreads();  // this step's V is there
     tile.add_values(scores, chunk);
     __syncthreads();  // all have done with V
-    const int32_t next = position + kStepPositions;
-    if (next % kChunkPositions != 0 && next < end) continue;
+    if (!chunk_ends && next < end) continue;
     finish_chunk(chunk);
     if (position / kChunkPositions == task.chunk_begin) {
       all = chunk;

@@ -97,14 +97,27 @@ struct AttentionTile {
   static constexpr int kStride = kDim + 8;
   static constexpr int kValueStride = kValues + 8;
   static constexpr int64_t kSharedBytes =
-      int64_t{2} * ((kWarps * kWarpVectors + kStepPositions) * kStride + kStepPositions * kValueStride);
+      int64_t{2} * ((kWarps * kWarpVectors + kStepPositions) * kStride + kStepPositions * kValueStride) +
+      int64_t{4} * kChunkPositions;
 
-  uint16_t* q;  // [kWarps * 16, kStride]
-  uint16_t* k;  // [kStepPositions, kStride]
-  uint16_t* v;  // [kStepPositions, kValueStride]
+  uint16_t* q;   // [kWarps * 16, kStride]
+  uint16_t* k;   // [kStepPositions, kStride]
+  uint16_t* v;   // [kStepPositions, kValueStride]
+  int32_t* ids;  // [kChunkPositions]: the blocks of one chunk, from the one on that holds its first position
 
   explicit __device__ AttentionTile(uint16_t* shared)
-      : q(shared), k(q + kWarps * kWarpVectors * kStride), v(k + kStepPositions * kStride) {}
+      : q(shared),
+        k(q + kWarps * kWarpVectors * kStride),
+        v(k + kStepPositions * kStride),
+        ids(reinterpret_cast<int32_t*>(v + kStepPositions * kValueStride)) {}
+
+  // The block table may lie in the host's memory, so it is read once a chunk and not once a step. begin: a multiple of
+  // kChunkPositions, below `end`.
+  __device__ void bring_ids(const int32_t* blocks, int32_t begin, int32_t end, int32_t block_tokens) const {
+    const int32_t first = begin / block_tokens;
+    const int32_t last = (min(begin + kChunkPositions, end) - 1) / block_tokens;
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i <= last - first; i += kThreads) ids[i] = blocks[first + i];
+  }
 
   // Eight elements of a row of head_dim, from `column`; zeros past its end or without a row.
   static __device__ void bring(uint16_t* to, const Bf16* row, int column, int32_t head_dim, bool wide) {
@@ -131,16 +144,18 @@ struct AttentionTile {
   }
 
   // The window of K or V, kColumns wide; zeros where nothing exists. of_block(block): where a block of the head begins.
+  // REQUIRES: bring_ids() of its chunk.
   template <int kColumns, class OfBlock>
-  __device__ void bring_window(uint16_t* to, const AttentionArgs& args, const int32_t* blocks,
-                               const AttentionWindow& window, const OfBlock& of_block) const {
+  __device__ void bring_window(uint16_t* to, const AttentionArgs& args, const AttentionWindow& window,
+                               const OfBlock& of_block) const {
     constexpr int kPieces = kColumns / 8;
+    const int32_t first = window.begin / kChunkPositions * kChunkPositions / args.kv.block_tokens;
     for (int i = static_cast<int>(threadIdx.x); i < kStepPositions * kPieces; i += kThreads) {
       const int column = i % kPieces * 8;
       const int32_t position = window.begin + i / kPieces;
       const Bf16* row = nullptr;
       if (position < window.end) {
-        row = of_block(blocks[position / args.kv.block_tokens]) +
+        row = of_block(ids[position / args.kv.block_tokens - first]) +
               int64_t{position % args.kv.block_tokens} * args.kv.head_dim;
       }
       bring(to + i / kPieces * (kColumns + 8) + column, row, window.first_column + column, args.kv.head_dim, args.wide);

@@ -9,8 +9,9 @@ std::string error_text(cudaError_t error) {
 void Context::activate() {
   thread_local int32_t current = -1;
   if (current == index_) return;
-  check(cudaSetDevice(index_), "choosing the device");
-  current = index_;
+  const cudaError_t error = cudaSetDevice(index_);
+  check(error, "choosing the device");
+  if (error == cudaSuccess) current = index_;
 }
 
 void Context::fail(const char* what, const std::string& why) {

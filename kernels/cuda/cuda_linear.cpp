@@ -124,6 +124,8 @@ bool CudaLinear::run(Matrix<const Bf16> x, const LinearWeights& weights, bool ac
       return true;
     }
   }
+  // What the library tried in vain is not the fault of the launches that come next.
+  static_cast<void>(cudaGetLastError());
   return false;
 }
 

@@ -14,7 +14,7 @@ class CudaLinear {
   // Of Launch::workspace, what its kernels may want.
   static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
   // Fewer go to the own kernel, which reads the weights once.
-  static constexpr int32_t kRowsMin = 17;
+  static constexpr int32_t kRowsMin = 5;
 
   // Errors: kUnavailable when the library cannot start.
   static StatusOr<std::unique_ptr<CudaLinear>> make();

@@ -8,15 +8,18 @@ namespace moed::cuda {
 
 using std::chrono::steady_clock;
 
-Epoch::Epoch(Context& context) {
-  context.activate();
-  context.check(cudaEventCreate(&event_), "creating an event");
-  context.check(cudaEventRecord(event_, nullptr), "recording an event");
-  context.check(cudaEventSynchronize(event_), "waiting for an event");
+Epoch::Epoch(Context& context) : context_(context) {
+  context_.activate();
+  context_.check(cudaEventCreate(&event_), "creating an event");
+  context_.check(cudaEventRecord(event_, nullptr), "recording an event");
+  context_.check(cudaEventSynchronize(event_), "waiting for an event");
   at_ = steady_clock::now();
 }
 
-Epoch::~Epoch() { cudaEventDestroy(event_); }
+Epoch::~Epoch() {
+  context_.activate();
+  if (event_ != nullptr) context_.check(cudaEventDestroy(event_), "destroying an event");
+}
 
 CudaEvent::CudaEvent(Context& context, const Epoch& epoch) : context_(context), epoch_(epoch) {
   context_.activate();

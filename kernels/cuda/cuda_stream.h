@@ -17,6 +17,7 @@ class Epoch {
   std::chrono::steady_clock::time_point at() const { return at_; }
 
  private:
+  Context& context_;
   cudaEvent_t event_ = nullptr;
   std::chrono::steady_clock::time_point at_;
 };
