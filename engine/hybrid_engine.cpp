@@ -22,7 +22,13 @@ constexpr int kPassesMax = 2;
 class HybridEngine : public Engine {
  public:
   HybridEngine(const ModelConfig& model, const EngineConfig& config, Device& device)
-      : model_(model), config_(config), device_(device), stream_(device.make_stream()) {}
+      : model_(model),
+        config_(config),
+        residency_{!device.is_host(), config.ring.num_slots, config.ring.resident},
+        device_(device),
+        stream_(device.make_stream()) {
+    std::sort(residency_.resident.begin(), residency_.resident.end());
+  }
   ~HybridEngine() override {
     // What is still enqueued (a copied block, say) may touch what dies here. Whether it failed interests nobody: make()
     // or the pass that needed it has said so.
@@ -60,7 +66,7 @@ class HybridEngine : public Engine {
     for (const StepSequence& sequence : sequences) {
       shape.add(sequence.num_cached, sequence.num_new, sequence.sampling != nullptr);
     }
-    const Status valid = validate(plan, shape, model_);
+    const Status valid = validate(plan, shape, model_, residency_);
     MOED_CHECK(valid.ok()) << valid.message();
     const auto free =
         std::find_if(slots_.begin(), slots_.end(), [](const std::unique_ptr<PassSlot>& slot) { return !slot->taken; });
@@ -165,6 +171,7 @@ class HybridEngine : public Engine {
 
   const ModelConfig& model_;
   const EngineConfig config_;
+  Residency residency_;
   Device& device_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<DeviceWeights> weights_;

@@ -114,8 +114,4 @@ Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig&
   return validate_places(plan, config, residency);
 }
 
-Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig& config) {
-  return validate(plan, shape, config, Residency{.has_device = true, .num_slots = 1, .resident = {}});
-}
-
 }  // namespace moed

@@ -100,7 +100,5 @@ class ExpertPlacer {
 // Errors name the field, and layer and expert where there is one. Contradictions count: layers that come whole and
 // prefetches need copies; an expert that is neither on the device nor allowed on the host needs them too.
 Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig& config, const Residency& residency);
-// As if no expert were resident, on a device with room for any.
-Status validate(const StepPlan& plan, const StepShape& shape, const ModelConfig& config);
 
 }  // namespace moed

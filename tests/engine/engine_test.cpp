@@ -201,6 +201,10 @@ TEST_P(EngineTest, BrokenSequencesEndTheProcess) {
   EXPECT_DEATH(begin(sequence(1, blocks_ab_)), "holds token");
   const StepSequence valid = sequence(1, blocks_ab_);
   EXPECT_DEATH(box_.engine().begin({&valid, 1}, box_.plan(7)), "split");
+  // Neither engine has a ring: what the host may not do has no place.
+  StepPlan plan = box_.plan(1);
+  plan.costs = {.copy_us = 1.0, .device_row_us = 1.0, .host_base_us = INFINITY, .host_row_us = INFINITY};
+  EXPECT_DEATH(box_.engine().begin({&valid, 1}, plan), "layer 0, expert 0 would have no place");
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, EngineTest, ::testing::Values("cpu", "emulated"),

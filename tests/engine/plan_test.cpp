@@ -24,6 +24,8 @@ EngineConfig split_config() {
   return config;
 }
 
+RingKind ring_kind(uint64_t seed) { return seed == 5 ? RingKind::kNone : seed == 6 ? RingKind::kFull : RingKind::kAny; }
+
 DeviceOptions seeded(uint64_t seed) {
   DeviceOptions options = kExact;
   options.seed = seed;
@@ -82,14 +84,14 @@ TEST_P(Plans, PoliciesChangeNothing) {
 
 TEST_P(Plans, RandomPlansAndRingsChangeNothing) {
   CrowdCounts counts;
-  for (uint64_t seed = 1; seed <= 4; ++seed) {
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     std::mt19937_64 random(seed);
     EngineConfig config = split_config();
     config.staging_blocks = static_cast<int64_t>(random() % 12);
-    config.ring = random_ring(model_.config, random);
+    config.ring = random_ring(model_.config, ring_kind(seed), random);
     EngineBox box(model_, *source_, opened("emulated", seeded(seed)), config);
-    box.set_planner(random_planner(seed));
+    box.set_planner(random_planner(config.ring, seed));
     expect_same(box, seed, counts);
   }
   EXPECT_GT(counts.num_drops, 10);
@@ -105,9 +107,10 @@ TEST_P(Plans, LatenessChangesNothing) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     std::mt19937_64 random(seed);
     EngineConfig config = split_config();
-    config.ring = random_ring(model_.config, random);
-    EngineBox box(model_, *source_, late_device(opened("cpu", kExact)), config);
-    box.set_planner(random_planner(seed));
+    config.ring = random_ring(model_.config, RingKind::kAny, random);
+    EngineBox box(model_, *source_, late_device(opened("cpu", kExact), seed % 2 == 0 ? nullptr : opened("cpu", kExact)),
+                  config);
+    box.set_planner(random_planner(config.ring, seed));
     expect_same(box, seed, counts);
   }
   EXPECT_GT(counts.num_drops, 5);

@@ -66,11 +66,16 @@ EngineBox::Planner planner_of(const PolicyCase& policy) {
   };
 }
 
-RingConfig random_ring(const ModelConfig& model, std::mt19937_64& random) {
+RingConfig random_ring(const ModelConfig& model, RingKind kind, std::mt19937_64& random) {
   RingConfig ring;
   const std::vector<ExpertId> experts = random_order(all_experts(model), random);
   const auto count = static_cast<int32_t>(experts.size());
-  if (count == 0) return ring;
+  if (count == 0 || kind == RingKind::kNone) return ring;
+  if (kind == RingKind::kFull) {
+    ring.resident = experts;
+    ring.num_slots = count;
+    return ring;
+  }
   const auto below = [&](int32_t limit) { return static_cast<int32_t>(random() % limit); };
   ring.staging_slots = std::min(count, kStagingSlots + below(3));
   ring.resident.assign(experts.begin(), experts.begin() + below(count - ring.staging_slots + 1));
@@ -81,17 +86,19 @@ RingConfig random_ring(const ModelConfig& model, std::mt19937_64& random) {
   return ring;
 }
 
-EngineBox::Planner random_planner(uint64_t seed) {
+EngineBox::Planner random_planner(const RingConfig& ring, uint64_t seed) {
   const auto random = std::make_shared<std::mt19937_64>(seed);
-  return [random](const ModelConfig& model, int32_t split) {
+  const bool has_ring = ring.num_slots > 0;
+  const bool full = has_ring && static_cast<int32_t>(ring.resident.size()) == ring.num_slots;
+  return [random, has_ring, full](const ModelConfig& model, int32_t split) {
     const auto below = [&](int32_t limit) { return static_cast<int32_t>((*random)() % limit); };
     const auto cost = [&] { return below(4) == 0 ? 0.0 : 0.1 * below(100); };
     StepPlan plan;
     plan.split = split;
     plan.layers.assign(model.num_layers, LayerMode::kRouted);
     plan.costs = {cost(), cost(), cost(), cost()};
-    const bool device = below(5) != 0;
-    if (device && below(3) == 0) plan.costs.host_base_us = plan.costs.host_row_us = kNever;
+    const bool device = has_ring && below(5) != 0;
+    if ((device || full) && below(3) == 0) plan.costs.host_base_us = plan.costs.host_row_us = kNever;
     if (!device) {
       plan.costs.copy_us = kNever;
       return plan;

@@ -23,9 +23,11 @@ std::span<const PolicyCase> policy_cases();
 EngineConfig config_of(const PolicyCase& policy, const ModelConfig& model, EngineConfig config);
 EngineBox::Planner planner_of(const PolicyCase& policy);
 
-// A ring of random size, from the smallest to all experts, with a random resident set.
-RingConfig random_ring(const ModelConfig& model, std::mt19937_64& random);
-// Plans that are valid and else anything: modes, costs with infinities, prefetches.
-EngineBox::Planner random_planner(uint64_t seed);
+// kAny: a ring of random size, from the smallest to all experts, with a random resident set. kNone: no ring. kFull: all
+// experts resident.
+enum class RingKind : uint8_t { kAny, kNone, kFull };
+RingConfig random_ring(const ModelConfig& model, RingKind kind, std::mt19937_64& random);
+// Plans that are valid with this ring and else anything: modes, costs with infinities, prefetches.
+EngineBox::Planner random_planner(const RingConfig& ring, uint64_t seed);
 
 }  // namespace moed

@@ -20,6 +20,9 @@ ModelConfig model() {
 
 constexpr StepShape kShape{.num_sequences = 4, .num_rows = 9, .num_sampled = 4, .context_tokens = 100};
 
+// A device on which no expert is resident.
+const Residency kEmpty{.has_device = true, .num_slots = 1, .resident = {}};
+
 StepPlan device_plan() {
   StepPlan plan = host_plan(kShape, model());
   plan.split = 2;
@@ -35,9 +38,9 @@ TEST(Plan, TheHostPlanIsValidForAnyPass) {
     const StepShape shape{.num_sequences = 1 + static_cast<int32_t>(random() % 500)};
     const StepPlan plan = host_plan(shape, model());
     EXPECT_EQ(plan.split, shape.num_sequences);  // one half
-    EXPECT_TRUE(validate(plan, shape, model()).ok());
+    EXPECT_TRUE(validate(plan, shape, model(), kEmpty).ok());
   }
-  EXPECT_TRUE(validate(device_plan(), kShape, model()).ok());
+  EXPECT_TRUE(validate(device_plan(), kShape, model(), kEmpty).ok());
 }
 
 TEST(Plan, RefusalsNameFieldLayerAndExpert) {
@@ -100,7 +103,7 @@ TEST(Plan, RefusalsNameFieldLayerAndExpert) {
   for (const Case& c : cases) {
     StepPlan plan = device_plan();
     c.spoil(plan);
-    const Status status = validate(plan, kShape, model());
+    const Status status = validate(plan, kShape, model(), kEmpty);
     ASSERT_FALSE(status.ok()) << c.text;
     EXPECT_EQ(status.param(), c.param);
     EXPECT_NE(status.message().find(c.text), std::string::npos) << status.message();
