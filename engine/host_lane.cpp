@@ -53,7 +53,17 @@ void HostLane::run_slice(HalfAttention& attention, RunningPass& pass) {
   pass.clock().add_host_attention(begin_us);
 }
 
+void HostLane::compute(FunctionRef<void()> ops, FunctionRef<void()> tick) {
+  MOED_CHECK(!computes_) << "the host lane computes while it computes";
+  computes_ = true;
+  device_.on_host_work([&tick] { tick(); });
+  ops();
+  device_.on_host_work({});
+  computes_ = false;
+}
+
 bool HostLane::help(RunningPass& pass) {
+  if (computes_) return false;
   for (const Half& half : pass.halves()) {
     HalfAttention* attention = pass.attention(half);
     if (attention == nullptr || !attention->ready()) continue;

@@ -2,6 +2,7 @@
 
 #include <memory>
 
+#include "base/function_ref.h"
 #include "engine/step_clock.h"
 #include "kernels/ops.h"
 #include "offload/ring.h"
@@ -47,6 +48,9 @@ class HostLane {
   // ring: null when no expert runs on the device. Both outlive it.
   HostLane(Device& device, ExpertRing* ring) : device_(device), ring_(ring) {}
   void pump();
+  // Runs ops of the host lane; `tick` comes between their pieces (Device::on_host_work()), in which the waits below
+  // compute nothing.
+  void compute(FunctionRef<void()> ops, FunctionRef<void()> tick);
   // Waits for the event.
   void wait(Event& event, RunningPass& pass);
   // Until the ring has got on with a packet or a reader.
@@ -55,12 +59,13 @@ class HostLane {
   void complete(HalfAttention& attention, RunningPass& pass);
 
  private:
-  // One slice of some half's attention. False: none is ready.
+  // One slice of some half's attention. False: none is ready, or the host computes something else.
   bool help(RunningPass& pass);
   void run_slice(HalfAttention& attention, RunningPass& pass);
 
   Device& device_;
   ExpertRing* ring_;
+  bool computes_ = false;  // within compute()
 };
 
 }  // namespace moed

@@ -313,7 +313,7 @@ void MoeExecutor::run_host_batch(const Work& work) {
   args.pairs = work.rows.host_pairs;
   args.scratch.data = work.rows.host_scratch;
   args.y.data = work.rows.host_outputs;
-  device_.host_ops().expert_ffn(args, device_.host_stream());
+  lane_.compute([&] { device_.host_ops().expert_ffn(args, device_.host_stream()); }, [&] { stream_some(work); });
   work.pass.clock().add_host_experts(begin_us);
 }
 

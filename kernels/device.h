@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string_view>
 #include <utility>
@@ -112,6 +113,11 @@ class Device {
   // the host device these are ops() and a stream like any other.
   virtual Ops& host_ops() = 0;
   virtual Stream& host_stream() = 0;
+  // From now on the serving thread calls `tick` about every 100 us (of now_us(), between pieces of work) while an op of
+  // the host lane computes, so that streams are fed meanwhile; empty: no more. tick may do all that the serving thread
+  // may but compute: no op of the host lane, no slice of attention, no run_host(). A device whose work is done when
+  // somebody asks for it never calls it.
+  virtual void on_host_work(std::function<void()> /*tick*/) {}
   // Attention of the host lane in slices.
   virtual std::unique_ptr<HostAttention> make_host_attention() = 0;
   // What allocate(kDevice) may give out in all, the device's cap (DeviceOptions::memory_gib) considered; 0: the device

@@ -1,8 +1,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/device.h"
@@ -62,6 +64,7 @@ class TracedDevice final : public Device {
   Ops& ops() override { return *ops_; }
   Ops& host_ops() override { return *host_ops_; }
   Stream& host_stream() override { return *host_stream_; }
+  void on_host_work(std::function<void()> tick) override { inner_->on_host_work(std::move(tick)); }
   std::unique_ptr<HostAttention> make_host_attention() override;
   int64_t memory_bytes() const override { return inner_->memory_bytes(); }
   bool memory_is_host() const override { return inner_->memory_is_host(); }

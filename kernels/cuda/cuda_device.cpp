@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <functional>
 #include <string>
 #include <utility>
 
@@ -67,6 +68,7 @@ class CudaDevice final : public Device {
   // Those of the host device take no notice of their stream.
   Ops& host_ops() override { return host_->host_ops(); }
   Stream& host_stream() override { return host_stream_; }
+  void on_host_work(std::function<void()> tick) override { host_->on_host_work(std::move(tick)); }
   std::unique_ptr<HostAttention> make_host_attention() override { return host_->make_host_attention(); }
   int64_t memory_bytes() const override { return memory_.capacity_bytes(); }
   Status pin(std::byte* data, int64_t bytes) override {

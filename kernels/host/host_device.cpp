@@ -3,9 +3,11 @@
 #include <chrono>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
+#include <utility>
 
 #include "base/huge_pages.h"
 #include "base/thread_pool.h"
@@ -72,6 +74,7 @@ class HostDevice final : public Device {
   Ops& ops() override { return ops_; }
   Ops& host_ops() override { return ops_; }
   Stream& host_stream() override { return stream_; }
+  void on_host_work(std::function<void()> tick) override { ops_.on_work(std::move(tick)); }
   std::unique_ptr<HostAttention> make_host_attention() override { return ops_.make_sliced_attention(); }
   int num_host_threads() const override { return pool_.num_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override { pool_.run(count, fn); }

@@ -22,6 +22,8 @@ constexpr int32_t kTaskColumnsMin = 16;
 constexpr int32_t kTaskColumnsMax = 64;
 // Elements that one task of the row-wise ops touches.
 constexpr int64_t kTaskElements = 8192;
+// From tick to tick, if work comes in pieces that are shorter.
+constexpr std::chrono::microseconds kTickTime{100};
 
 // Rows of W in one task; a multiple of 8, so that only the last task has odd tiles.
 int32_t task_columns(int32_t k, int32_t n, int threads) {
@@ -92,6 +94,14 @@ void HostOps::for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64
     const int64_t end = std::min(rows, (task + 1) * rows_a_task);
     for (int64_t row = task * rows_a_task; row < end; ++row) fn(row, thread);
   });
+}
+
+void HostOps::work_done(int thread) {
+  if (thread != 0 || !tick_) return;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - ticked_ < kTickTime) return;
+  ticked_ = now;
+  tick_();
 }
 
 void HostOps::embed(std::span<const int32_t> tokens, Matrix<const Bf16> table, Matrix<float> out, Stream&) {
@@ -172,6 +182,7 @@ void HostOps::product(int32_t rows, const LinearWeights& weights, bool accumulat
     block.bias = weights.bias == nullptr ? nullptr : weights.bias + column;
     block.accumulate = accumulate;
     run_block(block, wide, false, thread);
+    work_done(thread);
   });
 }
 
@@ -288,23 +299,24 @@ void HostOps::gate_up(const ExpertFfn& args, const Work& work, int32_t begin, in
     for (int32_t i = 0; i < block.m; ++i) {
       kernels_.silu_mul(scratch.gate_rows[i], scratch.up_rows[i], count, args.scratch.row(row + i) + begin);
     }
+    work_done(thread);
   }
 }
 
 // y = down(scratch) for a task's columns from `begin` and all rows of the work.
 void HostOps::down(const Work& work, int32_t begin, int thread) {
   const BlobView& blob = work.blob;
-  const int32_t rows_a_block = work.wide ? OneDnn::kRows : work.end - work.begin;
-  for (int32_t row = work.begin; row < work.end; row += rows_a_block) {
+  for (int32_t row = work.begin; row < work.end; row += kFfnRows) {
     DotBlock block;
     block.x = scratch_rows_.data() + row;
     block.y = y_rows_.data() + row;
-    block.m = std::min(rows_a_block, work.end - row);
+    block.m = std::min(kFfnRows, work.end - row);
     block.k = blob.shape.intermediate;
     block.w = blob.down() + int64_t{begin} * block.k;
     block.n = std::min(work.columns, blob.shape.hidden - begin);
     block.y_begin = begin;
     run_block(block, work.wide, false, thread);
+    work_done(thread);
   }
 }
 

@@ -1,7 +1,10 @@
 #pragma once
 
+#include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "base/function_ref.h"
@@ -36,6 +39,8 @@ class HostOps final : public Ops {
   void expert_ffn(const ExpertFfn& args, Stream& stream) override;
   void combine(const Combine& args, Stream& stream) override;
   void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) override;
+  // Device::on_host_work(); of linear() and expert_ffn(), which alone take long.
+  void on_work(std::function<void()> tick) { tick_ = std::move(tick); }
   // Must die before these ops.
   std::unique_ptr<HostAttention> make_sliced_attention();
 
@@ -105,6 +110,8 @@ class HostOps final : public Ops {
   void reserve_scratch(const OpLimits& limits);
   // Cuts [0, rows) into tasks of about equal cost and runs fn(row, thread).
   void for_rows(int64_t rows, int64_t cost_of_row, FunctionRef<void(int64_t row, int thread)> fn);
+  // Between pieces of work of a thread: ticks when it is the serving thread and the last tick is a while ago.
+  void work_done(int thread);
   // y = x W^T over all rows; x_rows_ and y_rows_ are set.
   void product(int32_t rows, const LinearWeights& weights, bool accumulate);
   // True when blocks of OneDnn::kRows rows of this shape, cut into `columns`, go to oneDNN.
@@ -139,6 +146,8 @@ class HostOps final : public Ops {
   const KernelTable& kernels_;
   ThreadPool& pool_;
   const bool use_onednn_;
+  std::function<void()> tick_;
+  std::chrono::steady_clock::time_point ticked_;
   std::unique_ptr<OneDnn> onednn_;  // null: own kernels only
   OpLimits limits_;
   std::vector<Scratch> scratch_;           // [threads]

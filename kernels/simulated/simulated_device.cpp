@@ -4,6 +4,8 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <functional>
+#include <limits>
 #include <map>
 #include <string>
 #include <utility>
@@ -24,6 +26,7 @@ constexpr int64_t kTableBytesMax = 64 << 10;
 constexpr double kFlopsPerUsPerTeraflop = 1e6;
 constexpr double kFlopsPerUsPerGigaflop = 1e3;
 constexpr float kLogit = 100.0F;
+constexpr double kTickUs = 100.0;
 
 // The answers of ops, as far as there are any.
 class Answers {
@@ -83,6 +86,7 @@ struct Simulation {
   SimulatedMemory memory;
   Timeline timeline;
   Answers answers;
+  std::function<void()> tick;  // Device::on_host_work()
 
   OpCost cost(const OpCall& call, double tile_rows) const {
     const auto is_device = [this](const void* data) { return memory.is_device(data); };
@@ -238,7 +242,10 @@ class SimulatedHostOps final : public QueuedOps {
 
  private:
   void enqueue(OpCall call, Stream&) override {
-    simulation_.timeline.run(simulation_.host_work(call));
+    Timeline& timeline = simulation_.timeline;
+    Timeline::HostWork work = timeline.begin_host(simulation_.host_work(call));
+    const double slice_us = simulation_.tick ? kTickUs : std::numeric_limits<double>::infinity();
+    while (!timeline.run_host(work, slice_us)) simulation_.tick();
     simulation_.answers.write(call, simulation_.memory);
   }
   Simulation& simulation_;
@@ -267,7 +274,7 @@ class SimulatedHostAttention final : public HostAttention {
 class SimulatedDevice final : public Device {
  public:
   SimulatedDevice(const MachineFile& machine, SimulatedMemory memory, RouterSource router, uint64_t seed)
-      : simulation_{machine, std::move(memory), Timeline(machine, seed), Answers(std::move(router), seed)},
+      : simulation_{machine, std::move(memory), Timeline(machine, seed), Answers(std::move(router), seed), {}},
         host_ops_(simulation_),
         host_stream_(simulation_) {
     char gib[32];
@@ -287,6 +294,7 @@ class SimulatedDevice final : public Device {
   Ops& ops() override { return ops_; }
   Ops& host_ops() override { return host_ops_; }
   Stream& host_stream() override { return host_stream_; }
+  void on_host_work(std::function<void()> tick) override { simulation_.tick = std::move(tick); }
   std::unique_ptr<HostAttention> make_host_attention() override {
     return std::make_unique<SimulatedHostAttention>(simulation_);
   }

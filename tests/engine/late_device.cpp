@@ -85,32 +85,41 @@ class LateOps final : public QueuedOps {
 // Its memory is the host's; the host lane runs at once.
 class LateDevice final : public Device {
  public:
-  explicit LateDevice(std::unique_ptr<Device> host)
-      : host_(std::move(host)), stream_(host_->make_stream()), ops_(queue_, host_->ops(), *stream_) {}
+  LateDevice(std::unique_ptr<Device> host, std::unique_ptr<Device> lane)
+      : host_(std::move(host)),
+        lane_(std::move(lane)),
+        stream_(host_->make_stream()),
+        ops_(queue_, host_->ops(), *stream_) {}
   std::string_view description() const override { return host_->description(); }
   bool is_host() const override { return false; }
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return host_->allocate(bytes, memory); }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<LateStream>(queue_, *stream_); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<LateEvent>(queue_, host_->make_event()); }
   Ops& ops() override { return ops_; }
-  Ops& host_ops() override { return host_->host_ops(); }
+  Ops& host_ops() override { return lane().host_ops(); }
+  void on_host_work(std::function<void()> tick) override {
+    if (lane_ != nullptr) lane_->on_host_work(std::move(tick));
+  }
   Stream& host_stream() override { return host_->host_stream(); }
-  std::unique_ptr<HostAttention> make_host_attention() override { return host_->make_host_attention(); }
+  std::unique_ptr<HostAttention> make_host_attention() override { return lane().make_host_attention(); }
 
  private:
   // Buffers are the host device's and go back to it.
   void release(std::byte*, int64_t, Memory) override { MOED_CHECK(false) << "not from here"; }
 
+  Device& lane() const { return lane_ != nullptr ? *lane_ : *host_; }
+
   Queue queue_;
   std::unique_ptr<Device> host_;
+  std::unique_ptr<Device> lane_;
   std::unique_ptr<Stream> stream_;
   LateOps ops_;
 };
 
 }  // namespace
 
-std::unique_ptr<Device> late_device(std::unique_ptr<Device> host) {
-  return std::make_unique<LateDevice>(std::move(host));
+std::unique_ptr<Device> late_device(std::unique_ptr<Device> host, std::unique_ptr<Device> lane) {
+  return std::make_unique<LateDevice>(std::move(host), std::move(lane));
 }
 
 }  // namespace moed

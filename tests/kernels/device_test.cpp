@@ -3,9 +3,14 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cstdint>
 #include <fstream>
 #include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels/ops.h"
 
 namespace moed {
 namespace {
@@ -88,6 +93,54 @@ TEST(Device, StreamsRunInOrderAndEventsMeasure) {
   EXPECT_TRUE(end->join().ok());
   EXPECT_STREQ(target, "expert");
   EXPECT_GE(end->us_since(*begin), 0.0);
+}
+
+using Clock = std::chrono::steady_clock;
+
+// An expert as large as Mixtral's and few rows, as in a decode step: tens of milliseconds in one call.
+TEST(Device, LongOpsLetTheServingThreadLookAround) {
+  auto device = open_device("cpu", {.num_threads = 2}).value();
+  constexpr int32_t kRows = 3;
+  constexpr BlobShape kShape{.hidden = 4096, .intermediate = 14336};
+  OpLimits limits;
+  limits.rows = kRows;
+  limits.choices = 1;
+  limits.num_experts = 1;
+  limits.hidden = kShape.hidden;
+  limits.intermediate = kShape.intermediate;
+  ASSERT_TRUE(device->host_ops().reserve(limits).ok());
+  const Buffer memory = device->allocate(kShape.bytes() + (4 << 20), Memory::kDevice).value();
+  const std::byte* const blob = memory.data();
+  std::byte* rest = memory.data() + kShape.bytes();
+  const std::vector<int32_t> offsets{0, kRows};
+  const std::vector<int32_t> pairs{0, 1, 2};
+  ExpertFfn ffn;
+  ffn.x = {reinterpret_cast<const Bf16*>(rest), kRows, kShape.hidden};
+  ffn.shape = kShape;
+  ffn.blobs = {&blob, 1};
+  ffn.offsets = offsets.data();
+  ffn.pairs = pairs.data();
+  ffn.pairs_max = kRows;
+  ffn.scratch = {reinterpret_cast<Bf16*>(rest + (1 << 20)), kRows, kShape.intermediate};
+  ffn.y = {reinterpret_cast<float*>(rest + (2 << 20)), kRows, kShape.hidden};
+
+  const std::thread::id caller = std::this_thread::get_id();
+  std::vector<Clock::time_point> ticks;
+  device->on_host_work([&] {
+    EXPECT_EQ(std::this_thread::get_id(), caller);
+    ticks.push_back(Clock::now());
+  });
+  const Clock::time_point begin = Clock::now();
+  device->host_ops().expert_ffn(ffn, device->host_stream());
+  const double whole_us = std::chrono::duration<double, std::micro>(Clock::now() - begin).count();
+  // A busy machine keeps the thread from its turns; a quarter of them is what it has to get.
+  EXPECT_GT(static_cast<double>(ticks.size()), whole_us / 100.0 / 4) << whole_us << " us";
+  for (size_t i = 1; i < ticks.size(); ++i) EXPECT_GE(ticks[i] - ticks[i - 1], std::chrono::microseconds(90));
+
+  const size_t num_ticks = ticks.size();
+  device->on_host_work({});
+  device->host_ops().expert_ffn(ffn, device->host_stream());
+  EXPECT_EQ(ticks.size(), num_ticks);
 }
 
 }  // namespace

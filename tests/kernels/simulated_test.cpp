@@ -316,6 +316,36 @@ TEST_F(SimulatedLayer, TheHostLanePassesTheHostsTime) {
   join();
 }
 
+// What is enqueued between the pieces runs beside them.
+TEST_F(SimulatedLayer, OpsOfTheHostLaneLetTheHostLookAround) {
+  const auto* weights = reinterpret_cast<const Bf16*>(mapped_memory_.data());
+  const Matrix<float> out(mapped_memory_.as<float>() + 100'000, 40, 500);
+  const Matrix<const Bf16> x(weights, 40, 2000);
+  const LinearWeights matrix{weights, nullptr, 2000, 500};
+  const auto copied = device->make_event();
+  auto* target = take<std::byte>(1'000'000);
+  std::vector<double> ticks;
+  bool arrived = false;
+  const double before = device->now_us();
+  device->on_host_work([&] {
+    ticks.push_back(device->now_us() - before);
+    if (ticks.size() == 1) {
+      stream->copy(target, mapped_memory_.data(), 1'000'000);  // 100 us of the link
+      stream->record(*copied);
+    }
+    arrived = copied->done();
+  });
+  device->host_ops().linear(x, matrix, false, out, device->host_stream());  // 800 us
+  ASSERT_EQ(ticks.size(), 7U);
+  EXPECT_NEAR(ticks[0], 100.0, kTiny);
+  EXPECT_NEAR(ticks[1], 200.0 + 8.4 + 1.0 + 0.5, kTiny);
+  EXPECT_TRUE(arrived);
+  EXPECT_GT(device->now_us() - before, 800.0);
+  device->on_host_work({});
+  device->host_ops().linear(x, matrix, false, out, device->host_stream());
+  EXPECT_EQ(ticks.size(), 7U);
+}
+
 TEST_F(SimulatedLayer, AttentionOfTheHostRunsInSlices) {
   constexpr int32_t kTokens = 10'000;
   const std::vector<int32_t> blocks(kTokens / 16 + 1);

@@ -16,6 +16,7 @@ using Json = nlohmann::json;
 
 constexpr const char* kNothing[] = {nullptr};
 constexpr const char* kH200 = "simulated:" MOED_SOURCE_DIR "/deploy/machines/h200.toml";
+constexpr const char* kRtx4090 = "simulated:" MOED_SOURCE_DIR "/deploy/machines/rtx4090.toml";
 constexpr const char* kA40 = "simulated:" MOED_SOURCE_DIR "/deploy/machines/a40.toml";
 
 Json parsed(const std::string& path) {
@@ -99,6 +100,17 @@ TEST(BenchEngine, StreamingTakesTheTimeOfItsBytes) {
   EXPECT_GT(steady["seconds"].get<double>(), 0.96 * least_s);  // jitter and drift work both ways
   EXPECT_LT(steady["seconds"].get<double>(), 1.10 * least_s);
   EXPECT_GT(steady["busy"]["copies_up"].get<double>(), 0.9);
+}
+
+// One expert of Mixtral takes the host milliseconds, in which some hundred packets are to be fed.
+TEST(BenchEngine, CopiesRunBesideLargeExpertsOfTheHost) {
+  const Json json = bench({"--shape", "mixtral-8x7b", "--layers", "4", "--policy", "hot", "--kv", "host",
+                           "--ring-slots", "6", "--clients", "64", "--prompt", "16", "--new", "12"},
+                          kRtx4090);
+  ASSERT_TRUE(json.is_object());
+  const Json& steady = json["steady"];
+  EXPECT_GT(steady["bound"]["reached"].get<double>(), 0.8);
+  EXPECT_LT(steady["busy"]["waits_for_ring"].get<double>(), 0.1);
 }
 
 // Experts that stay are at least as fast as streaming without reuse, which two slots make sure of.
