@@ -45,7 +45,7 @@ MoeExecutor::MoeExecutor(const MoeInputs& inputs, ExpertTables tables, Device& d
   present_.reserve(num_experts);
   pending_.reserve(num_experts);
   submitted_.reserve(num_experts);
-  wanted_.reserve(ring_slots_);
+  wanted_.reserve(std::min(ring_slots_, ExpertRing::kPrefetchMax));
 }
 
 bool MoeExecutor::streams(const StepPlan& plan) const {
@@ -54,20 +54,25 @@ bool MoeExecutor::streams(const StepPlan& plan) const {
 
 // The layers to come, then those that are behind, for the pass that follows: what the plan names, then all of the
 // layers that come whole.
-void MoeExecutor::prefetch(const RunningPass& pass) {
+void MoeExecutor::prefetch(RunningPass& pass) {
   if (ring_ == nullptr) return;
+  if (std::exchange(prefetched_for_, &pass) == &pass && pass.prefetched_layer == pass.layer) return;
+  pass.prefetched_layer = pass.layer;
+  const std::span<const ExpertId> listed = pass.plan().prefetch;
+  // What stands before the first one of a layer to come stays behind for good.
+  while (pass.num_passed < listed.size() && listed[pass.num_passed].layer < pass.layer) ++pass.num_passed;
   wanted_.clear();
-  want_layers(pass.plan(), pass.layer, model_.num_layers);
-  want_layers(pass.plan(), 0, pass.layer);
+  want_layers(pass.plan(), listed.subspan(pass.num_passed), pass.layer, model_.num_layers);
+  want_layers(pass.plan(), listed, 0, pass.layer);
   if (wanted_.empty() && !prefetching_) return;
   prefetching_ = !wanted_.empty();
   ring_->prefetch(wanted_);
   ring_->pump();
 }
 
-void MoeExecutor::want_layers(const StepPlan& plan, int32_t begin, int32_t end) {
+void MoeExecutor::want_layers(const StepPlan& plan, std::span<const ExpertId> listed, int32_t begin, int32_t end) {
   const auto full = [&] { return wanted_.size() == wanted_.capacity(); };
-  for (const ExpertId id : plan.prefetch) {
+  for (const ExpertId id : listed) {
     if (full()) return;
     if (id.layer >= begin && id.layer < end) wanted_.push_back(id);
   }

@@ -38,8 +38,8 @@ class MoeExecutor {
   // device, stream and lane outlive it.
   MoeExecutor(const MoeInputs& inputs, ExpertTables tables, Device& device, Stream& stream, HostLane& lane);
 
-  // Tells the ring what should come next for this pass.
-  void prefetch(const RunningPass& pass);
+  // Tells the ring what should come next for this pass, once a layer while no other pass comes between.
+  void prefetch(RunningPass& pass);
   // residual += FFN(normed). Clobbers the rows' expert buffers.
   void run(int32_t layer, RunningPass& pass, const Half& half);
 
@@ -57,7 +57,8 @@ class MoeExecutor {
     const int32_t choices;
   };
 
-  void want_layers(const StepPlan& plan, int32_t begin, int32_t end);
+  // listed: of the plan's, those to look through.
+  void want_layers(const StepPlan& plan, std::span<const ExpertId> listed, int32_t begin, int32_t end);
   void run_dense(const Work& work);
   // experts and weights: what the layer's router says of the work's rows.
   void route(const Work& work, int32_t layer, Matrix<int32_t> experts, Matrix<float> weights);
@@ -107,9 +108,10 @@ class MoeExecutor {
   size_t next_streamed_ = 0;
   size_t next_hosted_ = 0;
   std::vector<Lease> present_;
-  std::vector<Lease> pending_;    // leased, their copies not all enqueued
-  std::vector<Lease> submitted_;  // about to be enqueued
-  std::vector<ExpertId> wanted_;  // what prefetch() asks for
+  std::vector<Lease> pending_;                   // leased, their copies not all enqueued
+  std::vector<Lease> submitted_;                 // about to be enqueued
+  std::vector<ExpertId> wanted_;                 // what prefetch() asks for
+  const RunningPass* prefetched_for_ = nullptr;  // the last pass that prefetch() was for; may be dead
   bool prefetching_ = false;
   int64_t host_expert_rows_ = 0;
   int64_t device_expert_rows_ = 0;

@@ -100,7 +100,9 @@ class RunningPass : public PassState {
   StepClock& clock() { return slot_->clock; }
   const StepPlan& plan() const { return plan_; }
 
-  int32_t layer = 0;  // that advance() runs next
+  int32_t layer = 0;              // that advance() runs next
+  int32_t prefetched_layer = -1;  // layer, when the ring was last told what the pass wants
+  size_t num_passed = 0;          // of the plan's prefetches, the first ones whose layers are behind
 
  private:
   // The path of a sequence; staged ones take their blocks from `staging_left`.

@@ -18,6 +18,8 @@ namespace moed {
 // construction alone.
 class Prefetcher {
  public:
+  // Experts of the plan's list that count.
+  static constexpr size_t kListMax = 512;
   // Both outlive it.
   Prefetcher(const ExpertIndex& index, const ExpertCache& cache);
 
@@ -40,7 +42,6 @@ class Prefetcher {
   int32_t next(FunctionRef<bool(int32_t expert)> absent);
 
  private:
-  static constexpr size_t kListMax = 512;
   // A prediction that waits for routed(): the absent experts it named, and as many popular ones. 0: nothing to learn.
   struct Trial {
     int32_t count = 0;

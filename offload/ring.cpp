@@ -104,6 +104,7 @@ class Ring final : public ExpertRing {
   void routed(int32_t layer, std::span<const int32_t> counts) override;
   void predicted(int32_t layer, std::span<const int32_t> counts) override;
   bool wants_prediction(int32_t layer) const override;
+  static_assert(kPrefetchMax == Prefetcher::kListMax);
   void prefetch(std::span<const ExpertId> wanted) override { prefetcher_.list(wanted); }
   void pump() override;
   void wait() override;

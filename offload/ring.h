@@ -73,8 +73,9 @@ class ExpertRing {
   virtual void predicted(int32_t layer, std::span<const int32_t> counts) = 0;
   // Whether a prediction for the layer would be used or is due for scoring: if not, it need not be computed.
   virtual bool wants_prediction(int32_t layer) const = 0;
-  // What should come after the routed misses, in this order; replaces the list of before. Copies that are under way go
-  // on.
+  // What should come after the routed misses, in this order, of which the first kPrefetchMax count; replaces the list
+  // of before. Copies that are under way go on.
+  static constexpr int32_t kPrefetchMax = 512;
   virtual void prefetch(std::span<const ExpertId> wanted) = 0;
 
   // Enqueues what may be enqueued (at most two packets in flight, routed misses before prefetches) and takes back what
