@@ -17,7 +17,7 @@ namespace moed {
 namespace {
 
 // An interactive pass and a bulk pass.
-constexpr int kPassesMax = 2;
+constexpr int32_t kPassesMax = RowsId::kPasses;
 
 class HybridEngine : public Engine {
  public:
@@ -41,9 +41,9 @@ class HybridEngine : public Engine {
     MOED_RETURN_IF_ERROR(device_.ops().reserve(op_limits()));
     if (!device_.is_host()) MOED_RETURN_IF_ERROR(device_.host_ops().reserve(op_limits()));
     MOED_ASSIGN_OR_RETURN(weights_, held(DeviceWeights::make(weights, device_, *stream_)));
-    for (int i = 0; i < kPassesMax; ++i) {
+    for (int32_t i = 0; i < kPassesMax; ++i) {
       MOED_ASSIGN_OR_RETURN(PassBuffers buffers, PassBuffers::allocate(model_, config_, device_));
-      slots_.push_back(std::make_unique<PassSlot>(std::move(buffers), device_, *stream_));
+      slots_.push_back(std::make_unique<PassSlot>(i, std::move(buffers), device_, *stream_));
     }
     MOED_RETURN_IF_ERROR(make_pools());
     MOED_ASSIGN_OR_RETURN(head_, held(Head::make(model_, weights_->views(), config_.rows_max, device_, *stream_)));

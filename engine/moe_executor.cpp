@@ -247,7 +247,7 @@ void MoeExecutor::run_routed(const Work& work) {
   lane_.wait(*reached_, work.pass);
   if (predicts) {
     count_rows(work, work.tables.next_host_offsets);
-    ring_->predicted(work.layer + 1, counts_);
+    ring_->predicted(work.layer + 1, work.pass.id(work.half), counts_);
   }
   count_rows(work, work.tables.host_offsets);
   place(work);
@@ -266,7 +266,7 @@ void MoeExecutor::count_rows(const Work& work, const int32_t* offsets) {
 }
 
 void MoeExecutor::place(const Work& work) {
-  if (ring_ != nullptr) ring_->routed(work.layer, counts_);
+  if (ring_ != nullptr) ring_->routed(work.layer, work.pass.id(work.half), counts_);
   if (streams(work.pass.plan())) placer_.place(work.pass.plan().costs, counts_, places_);
   streamed_.clear();
   hosted_.clear();

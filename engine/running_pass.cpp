@@ -15,8 +15,8 @@ constexpr int32_t kStagedRowsMin = 8;
 
 }  // namespace
 
-PassSlot::PassSlot(PassBuffers pass_buffers, Device& device, Stream& stream)
-    : buffers(std::move(pass_buffers)), clock(device, stream) {
+PassSlot::PassSlot(int32_t slot_index, PassBuffers pass_buffers, Device& device, Stream& stream)
+    : index(slot_index), buffers(std::move(pass_buffers)), clock(device, stream) {
   if (device.is_host()) return;
   for (auto& half : attention) half.emplace(device);
 }

@@ -11,6 +11,7 @@
 #include "engine/host_lane.h"
 #include "engine/pass_buffers.h"
 #include "engine/step_clock.h"
+#include "offload/rows_id.h"
 
 namespace moed {
 
@@ -56,7 +57,9 @@ struct Half {
 
 // One of the two places for a live pass: what is taken at start and kept.
 struct PassSlot {
-  PassSlot(PassBuffers pass_buffers, Device& device, Stream& stream);
+  PassSlot(int32_t index, PassBuffers pass_buffers, Device& device, Stream& stream);
+
+  const int32_t index;  // among the engine's
 
   PassBuffers buffers;
   StepClock clock;
@@ -95,6 +98,7 @@ class RunningPass : public PassState {
     std::optional<HalfAttention>& attention = slot_->attention[half.index];
     return attention.has_value() ? &*attention : nullptr;
   }
+  RowsId id(const Half& half) const { return {.pass = slot_->index, .half = half.index}; }
   std::span<const Half> halves() const { return halves_; }
   const PassBuffers& buffers() const { return slot_->buffers; }
   StepClock& clock() { return slot_->clock; }

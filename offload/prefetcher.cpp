@@ -34,8 +34,8 @@ Prefetcher::Prefetcher(const ExpertIndex& index, const ExpertCache& cache)
       keys_(index.num_experts()),
       top_(index.num_experts()) {
   const size_t words = num_words(index.num_experts());
-  for (Layer& layer : layers_) {
-    for (Trial& trial : layer.trials) {
+  for (auto& trials : trials_) {
+    for (Trial& trial : trials) {
       trial.named.resize(words);
       trial.popular.resize(words);
     }
@@ -49,13 +49,11 @@ bool Prefetcher::wants_prediction(int32_t moe_layer) const {
   return layer.trusted || layer.num_scored < kFirstScored || layer.visits % kUntrustedEvery == 0;
 }
 
-void Prefetcher::predicted(int32_t moe_layer, std::span<const int32_t> counts, std::span<const uint64_t> present) {
-  Layer& layer = layers_[moe_layer];
-  if (layer.num_trials == static_cast<int32_t>(layer.trials.size())) {
-    std::swap(layer.trials[0], layer.trials[1]);
-    --layer.num_trials;
-  }
-  Trial& trial = layer.trials[layer.num_trials++];
+void Prefetcher::predicted(int32_t moe_layer, RowsId rows, std::span<const int32_t> counts,
+                           std::span<const uint64_t> present) {
+  const Layer& layer = layers_[moe_layer];
+  Trial& trial = trial_of(rows, moe_layer);
+  trial.moe_layer = moe_layer;
   std::fill(trial.named.begin(), trial.named.end(), 0);
   trial.count = 0;
   for (int32_t expert = 0; expert < index_.num_experts(); ++expert) {
@@ -83,17 +81,15 @@ void Prefetcher::expect(int32_t moe_layer, int32_t count) {
   }
 }
 
-void Prefetcher::routed(int32_t moe_layer, std::span<const int32_t> counts) {
+void Prefetcher::routed(int32_t moe_layer, RowsId rows, std::span<const int32_t> counts) {
   Layer& layer = layers_[moe_layer];
   ++layer.visits;
   ++visits_streamed_;
   popular_layer_ = (moe_layer + 1) % index_.num_layers();
   popular_left_ = visits_streamed_ <= kIdlePasses * index_.num_layers() ? index_.num_layers() : 0;
   if (expecting_layer_ == moe_layer) expecting_layer_ = -1;
-  if (layer.num_trials == 0) return;
-  score(layer, layer.trials[0], counts);
-  std::swap(layer.trials[0], layer.trials[1]);
-  --layer.num_trials;
+  Trial& trial = trial_of(rows, moe_layer);
+  if (std::exchange(trial.moe_layer, -1) == moe_layer) score(layer, trial, counts);
 }
 
 void Prefetcher::score(Layer& layer, const Trial& trial, std::span<const int32_t> counts) {

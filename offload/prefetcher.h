@@ -8,6 +8,7 @@
 #include "base/function_ref.h"
 #include "offload/expert_cache.h"
 #include "offload/expert_index.h"
+#include "offload/rows_id.h"
 
 namespace moed {
 
@@ -23,11 +24,10 @@ class Prefetcher {
   // Both outlive it.
   Prefetcher(const ExpertIndex& index, const ExpertCache& cache);
 
-  // The lookahead's answer for a layer; present: those of its experts that are there or on their way. Two answers for a
-  // layer may wait for routed(), one a half.
-  void predicted(int32_t moe_layer, std::span<const int32_t> counts, std::span<const uint64_t> present);
+  // The lookahead's answer for a layer to these rows; present: those of its experts that are there or on their way.
+  void predicted(int32_t moe_layer, RowsId rows, std::span<const int32_t> counts, std::span<const uint64_t> present);
   // The layer's turn has come. REQUIRES: before ExpertCache::routed().
-  void routed(int32_t moe_layer, std::span<const int32_t> counts);
+  void routed(int32_t moe_layer, RowsId rows, std::span<const int32_t> counts);
   bool wants_prediction(int32_t moe_layer) const;
   // Whether the lookahead wins in the layer.
   bool trusts(int32_t moe_layer) const { return layers_[moe_layer].trusted; }
@@ -44,6 +44,7 @@ class Prefetcher {
  private:
   // A prediction that waits for routed(): the absent experts it named, and as many popular ones. 0: nothing to learn.
   struct Trial {
+    int32_t moe_layer = -1;  // -1: none waits
     int32_t count = 0;
     bool rivals = false;  // popular is known
     ExpertBits named;
@@ -57,8 +58,6 @@ class Prefetcher {
     float share() const { return named > 0.0F ? chosen / named : 0.0F; }
   };
   struct Layer {
-    std::array<Trial, 2> trials;  // oldest first
-    int32_t num_trials = 0;
     Tally lookahead;
     Tally popularity;
     bool trusted = false;
@@ -68,12 +67,15 @@ class Prefetcher {
 
   // The lookahead of the layer is trusted and named the first `count` of keys_.
   void expect(int32_t moe_layer, int32_t count);
+  Trial& trial_of(RowsId rows, int32_t moe_layer) { return trials_.at(rows.index())[moe_layer % 2]; }
   void score(Layer& layer, const Trial& trial, std::span<const int32_t> counts);
   int32_t next_popular(FunctionRef<bool(int32_t expert)> absent);
 
   const ExpertIndex& index_;
   const ExpertCache& cache_;
   std::vector<Layer> layers_;
+  // Of each RowsId, for even and for odd layers: the next layer's is there before this one's is settled.
+  std::array<std::array<Trial, 2>, RowsId::kCount> trials_;
   std::vector<int32_t> expecting_;  // what the lookahead wants, most rows first, from expecting_next_ on
   size_t expecting_next_ = 0;
   int32_t expecting_layer_ = -1;

@@ -101,8 +101,8 @@ class Ring final : public ExpertRing {
   bool submitted(const Lease& lease) const override { return slots_[lease.slot()].fill >= Fill::kSubmitted; }
   void order(const Lease& lease, Stream& reader) override;
   void retire(std::vector<Lease>& leases, Stream& reader) override;
-  void routed(int32_t layer, std::span<const int32_t> counts) override;
-  void predicted(int32_t layer, std::span<const int32_t> counts) override;
+  void routed(int32_t layer, RowsId rows, std::span<const int32_t> counts) override;
+  void predicted(int32_t layer, RowsId rows, std::span<const int32_t> counts) override;
   bool wants_prediction(int32_t layer) const override;
   static_assert(kPrefetchMax == Prefetcher::kListMax);
   void prefetch(std::span<const ExpertId> wanted) override { prefetcher_.list(wanted); }
@@ -439,7 +439,7 @@ void Ring::keep_if_wanted(int32_t expert) {
   settle(slot);
 }
 
-void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
+void Ring::routed(int32_t layer, RowsId rows, std::span<const int32_t> counts) {
   MOED_CHECK(index_.has({layer, 0}) && static_cast<int32_t>(counts.size()) == index_.num_experts())
       << "layer " << layer << ", " << counts.size() << " counts";
   const int32_t first = index_.of({layer, 0});
@@ -455,7 +455,7 @@ void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
       slot.unused = false;
     }
   }
-  prefetcher_.routed(moe_layer, counts);
+  prefetcher_.routed(moe_layer, rows, counts);
   cache_.routed(moe_layer, counts);
   for (int32_t expert = cache_.missing(moe_layer, 0); expert >= 0; expert = cache_.missing(moe_layer, expert + 1)) {
     const int32_t slot = slot_of_[first + expert];
@@ -465,11 +465,11 @@ void Ring::routed(int32_t layer, std::span<const int32_t> counts) {
   }
 }
 
-void Ring::predicted(int32_t layer, std::span<const int32_t> counts) {
+void Ring::predicted(int32_t layer, RowsId rows, std::span<const int32_t> counts) {
   MOED_CHECK(index_.has({layer, 0}) && static_cast<int32_t>(counts.size()) == index_.num_experts())
       << "layer " << layer << ", " << counts.size() << " counts";
   const int32_t moe_layer = index_.moe_layer(layer);
-  prefetcher_.predicted(moe_layer, counts, present_of(moe_layer));
+  prefetcher_.predicted(moe_layer, rows, counts, present_of(moe_layer));
 }
 
 bool Ring::wants_prediction(int32_t layer) const {

@@ -13,6 +13,7 @@
 #include "model/config.h"
 #include "offload/expert_store.h"
 #include "offload/host_pins.h"
+#include "offload/rows_id.h"
 
 namespace moed {
 
@@ -68,9 +69,10 @@ class ExpertRing {
   virtual void retire(std::vector<Lease>& leases, Stream& reader) = 0;
 
   // What a layer's rows asked for: counts[expert] rows. Feeds popularity, the ghost lists and the prefetcher's scores.
-  virtual void routed(int32_t layer, std::span<const int32_t> counts) = 0;
-  // What the next layer's router says of this layer's hidden state: scored against routed(), used while it wins.
-  virtual void predicted(int32_t layer, std::span<const int32_t> counts) = 0;
+  virtual void routed(int32_t layer, RowsId rows, std::span<const int32_t> counts) = 0;
+  // What the next layer's router says of this layer's hidden state: scored against routed() of the same rows, used
+  // while it wins.
+  virtual void predicted(int32_t layer, RowsId rows, std::span<const int32_t> counts) = 0;
   // Whether a prediction for the layer would be used or is due for scoring: if not, it need not be computed.
   virtual bool wants_prediction(int32_t layer) const = 0;
   // What should come after the routed misses, in this order, of which the first kPrefetchMax count; replaces the list

@@ -33,7 +33,7 @@ inline Hits play(const std::vector<Trace>& layers, int32_t num_experts, int32_t 
       counts.assign(num_experts, 0);
       for (const int32_t expert : layers[layer][visit]) counts[expert] = 1;
       for (const Lease& lease : leases) hits.ring += counts[lease.id().expert];
-      ring->routed(layer, counts);
+      ring->routed(layer, RowsId(), counts);
       for (const Lease& lease : leases) counts[lease.id().expert] = 0;
       ring->retire(leases, *box.reader);
       for (const int32_t expert : layers[layer][visit]) {

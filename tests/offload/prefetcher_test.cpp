@@ -31,9 +31,9 @@ class PrefetcherTest : public testing::Test {
     for (int i = 5 - num_right; i < 10 - num_right; ++i) named[experts[i]] = 1;
     if (prefetcher_.wants_prediction(1)) {
       ++num_asked_;
-      prefetcher_.predicted(1, named, nothing_);
+      prefetcher_.predicted(1, RowsId(), named, nothing_);
     }
-    prefetcher_.routed(1, chosen);
+    prefetcher_.routed(1, RowsId(), chosen);
     cache_.routed(1, chosen);
   }
 
@@ -66,11 +66,27 @@ TEST_F(PrefetcherTest, WhatIsPopularAnywayNeedsNoLookahead) {
   for (int32_t expert = 20; expert < 25; ++expert) chosen[expert] = 1;
   cache_.routed(1, chosen);
   for (int i = 0; i < 100; ++i) {
-    if (prefetcher_.wants_prediction(1)) prefetcher_.predicted(1, chosen, nothing_);
-    prefetcher_.routed(1, chosen);
+    if (prefetcher_.wants_prediction(1)) prefetcher_.predicted(1, RowsId(), chosen, nothing_);
+    prefetcher_.routed(1, RowsId(), chosen);
     cache_.routed(1, chosen);
     EXPECT_FALSE(prefetcher_.trusts(1));
   }
+}
+
+// Two halves of one pass and one of another, each foreseen rightly, that take turns in a layer in another order than
+// they were foreseen in.
+TEST_F(PrefetcherTest, WhatWasForeseenIsComparedWithWhatTheSameRowsChose) {
+  const RowsId ids[] = {{0, 0}, {1, 0}, {0, 1}};
+  for (int i = 0; i < 40; ++i) {
+    std::vector<std::vector<int32_t>> chosen(3, std::vector<int32_t>(kExperts));
+    for (auto& counts : chosen) counts[random_() % kExperts] = 1;
+    for (const int k : {0, 1, 2}) prefetcher_.predicted(1, ids[k], chosen[k], nothing_);
+    for (const int k : {2, 0, 1}) {
+      prefetcher_.routed(1, ids[k], chosen[k]);
+      cache_.routed(1, chosen[k]);
+    }
+  }
+  EXPECT_TRUE(prefetcher_.trusts(1));
 }
 
 TEST_F(PrefetcherTest, LookaheadThenListThenPopularity) {
@@ -83,7 +99,7 @@ TEST_F(PrefetcherTest, LookaheadThenListThenPopularity) {
   named[5] = 9;
   ExpertBits present = nothing_;
   set_bit(present, 5);
-  prefetcher_.predicted(1, named, present);
+  prefetcher_.predicted(1, RowsId(), named, present);
   const std::vector<ExpertId> wanted = {{0, 9}, {1, 4}, {0, 2}};
   prefetcher_.list(wanted);
   prefetcher_.streamed();
@@ -95,7 +111,7 @@ TEST_F(PrefetcherTest, LookaheadThenListThenPopularity) {
   EXPECT_TRUE(prefetcher_.named(kExperts + 66));
   EXPECT_FALSE(prefetcher_.named(kExperts + 5));
   // The rest is what the cache would keep: of layer 1 alone, since nobody ever chose one of layer 0.
-  prefetcher_.routed(0, std::vector<int32_t>(kExperts));
+  prefetcher_.routed(0, RowsId(), std::vector<int32_t>(kExperts));
   prefetcher_.list({});
   for (int32_t next = prefetcher_.next(absent); next >= 0; next = prefetcher_.next(absent)) {
     EXPECT_GE(next, kExperts);

@@ -97,7 +97,7 @@ TEST_P(RingOn, RandomLeasesOfTwoReaders) {
           break;
         case 1:
           for (int32_t& count : counts) count = std::max(0, below(6) - 3);
-          ring->routed(id.layer, counts);
+          ring->routed(id.layer, RowsId(), counts);
           break;
         case 2:
           ring->retire(leases, reader.stream());
@@ -142,7 +142,7 @@ TEST_P(RingOn, PrefetchedExpertsAreThereBeforeTheyAreAskedFor) {
   ring->acquire_present(2, leases);
   ASSERT_EQ(leases.size(), 2U);
   for (const Lease& lease : leases) reader.read(*ring, lease);
-  ring->routed(2, std::vector<int32_t>{0, 1, 0, 0, 0});
+  ring->routed(2, RowsId(), std::vector<int32_t>{0, 1, 0, 0, 0});
   ring->retire(leases, reader.stream());
   EXPECT_EQ(reader.check(), "");
   EXPECT_EQ(ring->stats().prefetched, 2);
@@ -261,13 +261,13 @@ TEST(Ring, LookaheadIsTrustedWhileItWins) {
         std::vector<int32_t> said(32);
         for (int i = 0; i < 4; ++i) counts[random() % 32] = 1;
         for (int i = 0; i < 4; ++i) said[random() % 32] = 1;
-        if (ring->wants_prediction(layer)) ring->predicted(layer, right ? counts : said);
+        if (ring->wants_prediction(layer)) ring->predicted(layer, RowsId(), right ? counts : said);
         for (int i = 0; i < 20; ++i) ring->pump();
         std::vector<Lease> leases;
         ring->acquire_present(layer, leases);
         for (const Lease& lease : leases) counts[lease.id().expert] *= 2;
         ring->retire(leases, reader.stream());
-        ring->routed(layer, counts);
+        ring->routed(layer, RowsId(), counts);
         for (int32_t expert = 0; expert < 32; ++expert) {
           if (counts[expert] == 1) read_and_retire(*ring, reader, {layer, expert});
         }
@@ -322,7 +322,7 @@ TEST(RingDeathTest, WhatMustNotHappen) {
   EXPECT_DEATH(ring->acquire({0, 5}), "layer 0, expert 5");
   EXPECT_DEATH({ const std::optional<Lease> lease = ring->acquire({0, 1}); }, "layer 0, expert 1 was not retired");
   EXPECT_DEATH(ring->wait(), "nothing is under way");
-  EXPECT_DEATH(ring->routed(0, std::vector<int32_t>(4)), "layer 0, 4 counts");
+  EXPECT_DEATH(ring->routed(0, RowsId(), std::vector<int32_t>(4)), "layer 0, 4 counts");
 }
 
 }  // namespace
