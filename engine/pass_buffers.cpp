@@ -69,8 +69,8 @@ void PassBuffers::carve(const ModelConfig& model, const EngineConfig& config, Ca
     half.offsets = device.take<int32_t>(model.moe.num_experts + 1);
     half.whole_offsets = mapped.take<int32_t>(2);
   }
-  identity_ = mapped.take<int32_t>(rows);
-  shared_pairs_ = mapped.take<int32_t>(rows);
+  identity_ = device.take<int32_t>(rows);
+  shared_pairs_ = device.take<int32_t>(rows);
   all_.tokens = mapped.take<int32_t>(rows);
   all_.positions = mapped.take<int32_t>(rows);
   all_.slots = mapped.take<int64_t>(rows);
@@ -119,11 +119,23 @@ StatusOr<PassBuffers> PassBuffers::allocate(const ModelConfig& model, const Engi
   Carver mapped_memory(buffers.mapped_memory_.data());
   buffers.carve(model, config, device_memory, mapped_memory);
   if (!device.is_host()) buffers.carve_mirrors(model, config, device_memory, mapped_memory);
-  std::iota(buffers.identity_, buffers.identity_ + config.rows_max, 0);
-  for (int32_t row = 0; row < config.rows_max; ++row) {
-    buffers.shared_pairs_[row] = row * (buffers.top_k_ + 1) + buffers.top_k_;
-  }
+  MOED_RETURN_IF_ERROR(buffers.write_constants(config.rows_max, device));
   return buffers;
+}
+
+Status PassBuffers::write_constants(int32_t rows, Device& device) {
+  const int64_t bytes = int64_t{rows} * int64_t{sizeof(int32_t)};
+  MOED_ASSIGN_OR_RETURN(const Buffer staged, device.allocate(2 * bytes, Memory::kPinned));
+  auto* const identity = staged.as<int32_t>();
+  auto* const shared_pairs = identity + rows;
+  std::iota(identity, identity + rows, 0);
+  for (int32_t row = 0; row < rows; ++row) shared_pairs[row] = row * (top_k_ + 1) + top_k_;
+  const auto stream = device.make_stream();
+  const auto written = device.make_event();
+  stream->copy(identity_, identity, bytes);
+  stream->copy(shared_pairs_, shared_pairs, bytes);
+  stream->record(*written);
+  return written->join();
 }
 
 RowViews PassBuffers::rows(int32_t begin, int32_t count) const {

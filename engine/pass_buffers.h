@@ -35,12 +35,13 @@ struct RowViews {
   float* host_outputs = nullptr;  // room for [rows * choices_max, hidden]
   Bf16* host_scratch = nullptr;   // room for the experts of these rows
   int32_t* host_pairs = nullptr;  // [rows * top_k]
-  // Tables, in mapped memory.
+  // Tables that never change, in device memory.
   const int32_t* identity = nullptr;      // [rows]: 0, 1, 2, ...; the pairs of an FFN that is every row's only choice
   const int32_t* shared_pairs = nullptr;  // [rows]: the pairs of the shared expert, the last choice of every row
-  int32_t* tokens = nullptr;              // [rows]
-  int32_t* positions = nullptr;           // [rows]
-  int64_t* slots = nullptr;               // [rows]
+  // Tables of the pass, in mapped memory.
+  int32_t* tokens = nullptr;     // [rows]
+  int32_t* positions = nullptr;  // [rows]
+  int64_t* slots = nullptr;      // [rows]
 };
 
 // Tables of one half, whatever its rows.
@@ -80,6 +81,8 @@ class PassBuffers {
   void carve(const ModelConfig& model, const EngineConfig& config, Carver& device, Carver& mapped);
   // What the host lane needs beside a device.
   void carve_mirrors(const ModelConfig& model, const EngineConfig& config, Carver& device, Carver& mapped);
+  // REQUIRES: carved. Waits until they are in device memory.
+  Status write_constants(int32_t rows, Device& device);
 
   Buffer device_memory_;
   Buffer mapped_memory_;
