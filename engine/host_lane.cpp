@@ -73,11 +73,23 @@ bool HostLane::help(RunningPass& pass) {
   return false;
 }
 
+bool HostLane::await_queries(RunningPass& pass) {
+  if (computes_) return false;
+  for (const Half& half : pass.halves()) {
+    HalfAttention* attention = pass.attention(half);
+    if (attention == nullptr || !attention->awaits_queries()) continue;
+    attention->await();
+    return true;
+  }
+  return false;
+}
+
 void HostLane::wait(Event& event, RunningPass& pass) {
   while (!event.done()) {
     pump();
-    // With copies to feed the host looks again and again; else it may sleep.
-    if (!help(pass) && ring_ == nullptr) break;
+    // With copies to feed the host looks again and again; else it may sleep, but not while there may be attention to
+    // compute: queries that are awaited were enqueued before what the event is of.
+    if (!help(pass) && ring_ == nullptr && !await_queries(pass)) break;
   }
   check_device(event.join());
 }

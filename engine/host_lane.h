@@ -24,6 +24,8 @@ class HalfAttention {
   bool begun() const { return state_ != State::kNone; }
   // REQUIRES: begun() and not pending().
   void taken() { state_ = State::kNone; }
+  // pending(), and not seen to be ready.
+  bool awaits_queries() const { return state_ == State::kAwaitsQueries; }
   // pending(), and a slice would not wait for the device.
   bool ready();
   // Waits for the queries without doing anything else.
@@ -61,6 +63,8 @@ class HostLane {
  private:
   // One slice of some half's attention. False: none is ready, or the host computes something else.
   bool help(RunningPass& pass);
+  // Sleeps until some half has its queries. False: none waits for them.
+  bool await_queries(RunningPass& pass);
   void run_slice(HalfAttention& attention, RunningPass& pass);
 
   Device& device_;
