@@ -20,6 +20,8 @@ BOUNDS = [
      "--policy stream --halves 2 --clients 4096 --prompt 64 --new 64 --pass-rows-max 16384"),
     ("copies or host: Qwen3-30B-A3B hot, 64 clients", "a40", "--shape qwen3-30b-a3b --device-memory-gib 16 --policy hot "
      "--clients 64 --prompt 32 --new 24"),
+    ("copies and host: Mixtral, 4 layers, hot, 6 slots, 64 clients", "rtx4090", "--shape mixtral-8x7b --layers 4 --policy hot "
+     "--kv host --ring-slots 6 --clients 64 --prompt 16 --new 12"),
     ("device: Mixtral, 8 layers, streamed, 12288 clients", "rtx5060ti", "--shape mixtral-8x7b --layers 8 --policy stream "
      "--clients 12288 --prompt 4 --new 16 --pass-rows-max 12288"),
     ("device: Mixtral resident, 64 clients", "h200", "--shape mixtral-8x7b --policy device --kv device --clients 64 "
