@@ -32,8 +32,8 @@ struct PipelineInputs {
 
 // The one forward pass. Carries a pass's rows through a layer at a time, each half in turn: what begins the next layer
 // is done at the end of this one, so that a half's attention goes on while the other half's products run. A layer of a
-// half takes at most 12 op calls, or 14 where its KV takes all three paths; 4 more with a shared expert, and one for each
-// expert that was asked for and not there. Serving thread only.
+// half takes at most 12 op calls, or 14 where its KV takes all three paths; 4 more with a shared expert, and one for
+// each expert that was asked for and not there. Serving thread only.
 class Pipeline {
  public:
   // device, stream, lane and moe outlive the pipeline.
