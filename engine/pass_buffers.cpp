@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <numeric>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 
@@ -125,15 +126,14 @@ StatusOr<PassBuffers> PassBuffers::allocate(const ModelConfig& model, const Engi
 
 Status PassBuffers::write_constants(int32_t rows, Device& device) {
   const int64_t bytes = int64_t{rows} * int64_t{sizeof(int32_t)};
-  MOED_ASSIGN_OR_RETURN(const Buffer staged, device.allocate(2 * bytes, Memory::kPinned));
-  auto* const identity = staged.as<int32_t>();
-  auto* const shared_pairs = identity + rows;
-  std::iota(identity, identity + rows, 0);
+  std::vector<int32_t> identity(rows);
+  std::vector<int32_t> shared_pairs(rows);
+  std::iota(identity.begin(), identity.end(), 0);
   for (int32_t row = 0; row < rows; ++row) shared_pairs[row] = row * (top_k_ + 1) + top_k_;
   const auto stream = device.make_stream();
   const auto written = device.make_event();
-  stream->copy(identity_, identity, bytes);
-  stream->copy(shared_pairs_, shared_pairs, bytes);
+  stream->copy(identity_, identity.data(), bytes);
+  stream->copy(shared_pairs_, shared_pairs.data(), bytes);
   stream->record(*written);
   return written->join();
 }
