@@ -203,6 +203,16 @@ Json latency_json(const BenchLatency& latency) {
   return {{"mean_ms", latency.mean_ms}, {"median_ms", latency.median_ms}, {"worst_ms", latency.worst_ms}};
 }
 
+// Experts that are not pinned come through buffers, at the pace of a thread that copies.
+Json pins_json(const ModelConfig& model, const HostPins& pins) {
+  const BlobShape shape{.hidden = model.hidden_size, .intermediate = model.moe.intermediate_size};
+  const int64_t expert_bytes = num_routed_experts(model) * shape.bytes();
+  return {{"expert_bytes", expert_bytes},
+          {"pinned_bytes", pins.bytes()},
+          {"all_pinned", pins.refusal().ok() && pins.bytes() >= expert_bytes},
+          {"refusal", pins.refusal().message()}};
+}
+
 Json report(const BenchOptions& options, const Settings& settings, Backend& backend, const BenchResult& result) {
   const BenchWorkload& workload = options.workload;
   const Planning planning = backend.planning();
@@ -341,7 +351,8 @@ Status run(const BenchOptions& options, const LoadedSettings& loaded) {
                            .yield_layers = static_cast<int32_t>(settings.scheduler.yield_layers),
                            .passed = [&](bool steady) { tracer.passed(steady); }};
   MOED_ASSIGN_OR_RETURN(const BenchResult result, run_bench(inputs, options.workload));
-  const Json json = report(options, settings, *backend, result);
+  Json json = report(options, settings, *backend, result);
+  json["pins"] = pins_json(model.config, backend->opened()->pins());
   print(json);
   if (trace != nullptr) MOED_RETURN_IF_ERROR(trace->write(options.trace));
   if (options.json.empty()) return {};
