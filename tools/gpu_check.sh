@@ -1,36 +1,64 @@
 #!/usr/bin/env bash
 # Builds engine and tests for the GPU of this machine and tries them there: kernels against references, the engine
 # against transformers' logits and against itself, the ring under stress, copies beside products, then decoding with
-# made-up weights that are larger than the device's memory. Under ten minutes on 16 cores; no network.
-# usage: gpu_check.sh [--device SPEC] [--out FOLDER] [--nvcc PATH] [ARCHIVE]
+# made-up weights that are larger than the device's memory. Right before fast: what may be wrong comes first. The
+# report is written after every step, so that whoever is cut off keeps what was found. No network.
+# usage: gpu_check.sh [--device SPEC] [--out FOLDER] [--work FOLDER] [--nvcc PATH] [--steps "NAME..."] [ARCHIVE]
 #   ARCHIVE   what `make gpu-bundle` wrote; without one the archive that this script was unpacked from
 #   --device  cuda (default), cuda:N, or emulated: a rehearsal with small shapes, without nvcc
 #   --out     where the report goes: report.txt, report.json, logs (default: gpu-report)
+#   --work    where the archive is unpacked and built; stays, and a later call builds only what changed (default: gpu-work)
+#   --steps   only these, after the build; results of the others stay in the report if they are of the same version:
+#             device ops goldens same-bits ring probe bench, or one bench by its name
 set -euo pipefail
 
-device=cuda out=gpu-report archive= nvcc=
+device=cuda out=gpu-report work=gpu-work archive= nvcc= steps=
 fail() { echo "gpu_check.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
     --device) device=${2:?}; shift 2 ;;
     --out) out=${2:?}; shift 2 ;;
+    --work) work=${2:?}; shift 2 ;;
     --nvcc) nvcc=${2:?}; shift 2 ;;
+    --steps) steps=${2:?}; shift 2 ;;
     -*) fail "unknown option $1" ;;
     *) archive=$1; shift ;;
   esac
 done
 case $device in cuda | cuda:* | emulated) ;; *) fail "--device is '$device', but must be cuda, cuda:N or emulated" ;; esac
 jobs=${JOBS:-$(nproc)}
-rm -rf "$out" && mkdir -p "$out"
-out=$(realpath "$out")
+mkdir -p "$out" "$work"
+out=$(realpath "$out") work=$(realpath "$work")
+known=(device ops goldens same-bits ring probe bench)
+for name in $steps; do
+  [[ $name == bench-* || " ${known[*]} " == *" $name "* ]] || fail "no step is called '$name': ${known[*]} bench-NAME"
+done
 
+# wanted NAME: whether the step is to run.
+wanted() {
+  [ -z "$steps" ] || [[ " $steps " == *" $1 "* ]] || [[ $1 == bench-* && " $steps " == *" bench "* ]]
+}
+
+# What changed is newer than all that was built of it; what did not keeps its time.
+unpack() {
+  local fresh=$work/unpacked file
+  rm -rf "$fresh" && mkdir -p "$fresh" "$work/moed-gpu"
+  tar -xzf "$archive" -C "$fresh"
+  (cd "$fresh/moed-gpu" && find . -type f) | while IFS= read -r file; do
+    if cmp -s "$fresh/moed-gpu/$file" "$work/moed-gpu/$file"; then continue; fi
+    mkdir -p "$(dirname "$work/moed-gpu/$file")"
+    cp --preserve=mode "$fresh/moed-gpu/$file" "$work/moed-gpu/$file"
+  done
+  (cd "$work/moed-gpu" && find . -path ./build -prune -o -type f -print) | while IFS= read -r file; do
+    if [ ! -e "$fresh/moed-gpu/$file" ]; then rm "$work/moed-gpu/$file"; fi
+  done
+  rm -rf "$fresh"
+}
+
+root=$(realpath "$(dirname "$0")/..")
 if [ -n "$archive" ]; then
-  work=$(mktemp -d)
-  trap 'rm -rf "$work"' EXIT
-  tar -xzf "$archive" -C "$work"
+  unpack
   root=$work/moed-gpu
-else
-  root=$(realpath "$(dirname "$0")/..")
 fi
 [ -d "$root/third_party" ] || fail "$root holds no unpacked archive: name the one that 'make gpu-bundle' wrote"
 build=$root/build
@@ -44,24 +72,62 @@ find_nvcc() {
   fail "no nvcc found: give its path with --nvcc"
 }
 
+# Toolkits that pip installs have libcudart.so.13 but no libcudart.so, by which linkers look: a root of links has both.
+shadow_toolkit() {
+  local toolkit shadow=$work/toolkit entry name
+  toolkit=$(dirname "$(dirname "$(realpath "$nvcc")")")
+  if [ ! -e "$toolkit/lib/libcudart.so.13" ] || [ -e "$toolkit/lib/libcudart.so" ]; then return 0; fi
+  rm -rf "$shadow" && mkdir -p "$shadow/lib"
+  for entry in "$toolkit"/*; do
+    case $(basename "$entry") in
+      lib | lib64) ;;
+      bin) cp -rL --preserve=mode,timestamps "$entry" "$shadow/bin" ;;  # nvcc looks for its toolkit where it lies itself
+      *) ln -s "$entry" "$shadow/" ;;
+    esac
+  done
+  ln -s "$toolkit"/lib/* "$shadow/lib/"
+  ln -s lib "$shadow/lib64"
+  for entry in "$toolkit"/lib/*.so.*; do
+    name=$(basename "$entry")
+    if [ ! -e "$shadow/lib/${name%%.so.*}.so" ]; then ln -s "$name" "$shadow/lib/${name%%.so.*}.so"; fi
+  done
+  nvcc=$shadow/bin/nvcc
+  options+=("-DCUDAToolkit_ROOT=$shadow")
+}
+
 # A rehearsal may run on any box.
 patience=1
 if [ "$device" = emulated ]; then patience=10; fi
 
-# step NAME SECONDS_MAX COMMAND...: its result into steps.txt, its output into NAME.log.
+# record NAME RESULT SECONDS: in place of what an earlier call found.
+record() {
+  local others=
+  if [ -e "$out/steps.txt" ]; then others=$(grep -v "^$1 " "$out/steps.txt" || true); fi
+  { if [ -n "$others" ]; then echo "$others"; fi; echo "$*"; } >"$out/steps.next"
+  mv "$out/steps.next" "$out/steps.txt"
+  if [ -x "$build/tests/gpu/gpu_report" ]; then "$build/tests/gpu/gpu_report" "$out" >/dev/null || true; fi
+}
+
+# step NAME SECONDS_MAX COMMAND...: its result into steps.txt and the report, its output into NAME.log. What is cut off
+# with the whole script has failed.
 step() {
   local name=$1 limit=$(($2 * patience)) began=$SECONDS code=0 result=passed
   shift 2
   echo "== $name"
+  record "$name" failed 0
   timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null || code=$?
   # A filter that no longer names any test must not pass.
   if grep -q '^\[==========\] Running 0 tests' "$out/$name.log"; then code=1; fi
+  if [[ $name == bench-* && $device == cuda* && $code == 0 ]] && ! grep -q '"all_pinned": true' "$out/$name.json"; then
+    echo "not all experts are pinned: $(grep -A 4 '"pins"' "$out/$name.json" | tr -s '\n ' ' ')" >>"$out/$name.log"
+    code=1
+  fi
   if [ "$code" != 0 ]; then
     result=failed
     echo "exit code $code; the end of $name.log:"
     tail -n 15 "$out/$name.log"
   fi
-  echo "$name $result $((SECONDS - began))" >>"$out/steps.txt"
+  record "$name" "$result" $((SECONDS - began))
   echo "   $result, $((SECONDS - began)) s"
   [ "$result" = passed ]
 }
@@ -86,6 +152,7 @@ choose_options() {
   if command -v ninja >/dev/null; then options+=(-G Ninja); fi
   if [ "$device" = emulated ]; then return 0; fi
   find_nvcc
+  shadow_toolkit
   capability=$({ nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } | head -n 1 | tr -d .)
   options+=(-DMOED_CUDA=ON "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCMAKE_CUDA_ARCHITECTURES=${capability:-80}")
 }
@@ -94,7 +161,9 @@ choose_options() {
 bench() {
   local name=$1 gib=$2
   shift 2
-  step "bench-$name" 170 "$build/server/moed_bench_engine" --device "$device" --device-memory-gib "$gib" \
+  wanted "bench-$name" || return 0
+  rm -f "$out/bench-$name.json"
+  step "bench-$name" 120 "$build/server/moed_bench_engine" --device "$device" --device-memory-gib "$gib" \
     --json "$out/bench-$name.json" "$@" || true
 }
 
@@ -115,8 +184,19 @@ benches() {
   done
 }
 
+# test_step NAME SECONDS_MAX COMMAND...: a step that may fail without the end of all others.
+test_step() {
+  wanted "$1" || return 0
+  step "$@" || true
+}
+
 choose_options
-machine >"$out/machine.txt"
+machine >"$out/machine.next"
+# Results of another version, and those that are all to be found anew, do not belong to this report.
+if [ -z "$steps" ] || ! cmp -s "$out/machine.next" "$out/machine.txt"; then
+  find "$out" -mindepth 1 -maxdepth 1 -type f ! -name machine.next -delete
+fi
+mv "$out/machine.next" "$out/machine.txt"
 cat "$out/machine.txt"
 # With ccache a second check of an archive compiles only what changed, wherever it was unpacked.
 export MOED_TEST_DEVICE=$device CCACHE_BASEDIR=$root CCACHE_NOHASHDIR=1
@@ -127,11 +207,14 @@ if ! step configure 60 cmake -S "$root" -B "$build" "${options[@]}" ||
 fi
 tiny=()
 if [ "$device" = emulated ]; then tiny=(--tiny); fi
-step probe 90 "$build/tests/gpu/gpu_probe" "$device" "$out/probe.json" "${tiny[@]}" || true
-step device 60 "$build/tests/gpu/gpu_device_test" || true
-step ops 120 "$build/tests/gpu/gpu_ops_test" || true
-step goldens 120 "$build/tests/engine/engine_golden_test" --gtest_filter='*EveryPolicyEqualsTransformers*' || true
-step same-bits 120 "$build/tests/gpu/gpu_same_bits_test" || true
-step ring 120 "$build/tests/offload/offload_test" --gtest_filter='Devices/RingOn*' || true
+test_step device 45 "$build/tests/gpu/gpu_device_test"
+test_step ops 90 "$build/tests/gpu/gpu_ops_test"
+test_step goldens 90 "$build/tests/engine/engine_golden_test" --gtest_filter='*EveryPolicyEqualsTransformers*'
+test_step same-bits 90 "$build/tests/gpu/gpu_same_bits_test"
+test_step ring 60 "$build/tests/offload/offload_test" --gtest_filter='Devices/RingOn*'
+test_step probe 60 "$build/tests/gpu/gpu_probe" "$device" "$out/probe.json" "${tiny[@]}"
 benches
+for name in $steps; do
+  grep -q "^$name" "$out/steps.txt" || fail "no step is called '$name'"
+done
 "$build/tests/gpu/gpu_report" "$out"
