@@ -213,7 +213,7 @@ TEST(BenchEngine, RefusesByName) {
     args.insert(args.end(), more.begin(), more.end());
     return args;
   };
-  refused({"--shape", "gpt-9"}, "mixtral-8x7b");
+  refused({"--shape", "gpt-9", "--log-level", "error"}, "mixtral-8x7b");
   refused(with({"--clients", "0"}), "--clients is 0");
   refused(with({"--clients", "many"}), "--clients is many");
   refused(with({"--prompt", "-3"}), "--prompt is -3");
