@@ -117,7 +117,7 @@ class Device {
   // the host lane computes, so that streams are fed meanwhile; empty: no more. tick may do all that the serving thread
   // may but compute: no op of the host lane, no slice of attention, no run_host(). A device whose work is done when
   // somebody asks for it never calls it.
-  virtual void on_host_work(std::function<void()> /*tick*/) {}
+  virtual void on_host_work(std::function<void()> /*tick*/) {}  // NOLINT(performance-unnecessary-value-param)
   // Attention of the host lane in slices.
   virtual std::unique_ptr<HostAttention> make_host_attention() = 0;
   // What allocate(kDevice) may give out in all, the device's cap (DeviceOptions::memory_gib) considered; 0: the device
