@@ -2,10 +2,11 @@
 
 #include <cmath>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 
 #include <gtest/gtest.h>
+
+#include "tests/support/temporary_folder.h"
 
 namespace moed {
 namespace {
@@ -16,25 +17,17 @@ constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 // A tree of groups as the kernel would show it.
 class CgroupTest : public testing::Test {
  protected:
-  void SetUp() override {
-    root_ = fs::path(testing::TempDir()) / ("cgroup_" + std::string(test_name()));
-    fs::remove_all(root_);
-    fs::create_directories(root_);
-  }
-  void TearDown() override { fs::remove_all(root_); }
-
   void write(const std::string& file, const std::string& text) {
-    fs::create_directories((root_ / file).parent_path());
-    std::ofstream(root_ / file) << text;
+    fs::create_directories(fs::path(root_.file(file)).parent_path());
+    root_.write(file, text);
   }
   CgroupLimits limits(const std::string& self) {
     write("self", self);
-    return cgroup_limits(root_.string(), (root_ / "self").string());
+    return cgroup_limits(root_.path(), root_.file("self"));
   }
 
  private:
-  static const char* test_name() { return testing::UnitTest::GetInstance()->current_test_info()->name(); }
-  fs::path root_;
+  TemporaryFolder root_;
 };
 
 TEST_F(CgroupTest, NothingThereLimitsNothing) {

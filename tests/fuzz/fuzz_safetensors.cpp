@@ -43,7 +43,7 @@ void read_all(const TensorSource& source, size_t bytes) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  static const FuzzFolder folder;
+  static const TemporaryFolder folder;
   static const std::string shard = file_of(R"({"a":{"dtype":"BF16","shape":[2],"data_offsets":[0,4]},)"
                                            R"("b":{"dtype":"F32","shape":[1,1],"data_offsets":[4,8]}})",
                                            8);
@@ -52,7 +52,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   const int kind = data[0] % 3;
   size_t bytes = shard.size();
   if (kind == 2) {
-    folder.remove(kFile);
+    std::filesystem::remove(folder.file(kFile));
     folder.write("s", shard);
     folder.write(kIndex, text.substr(1));
   } else {

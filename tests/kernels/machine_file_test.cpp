@@ -3,11 +3,11 @@
 #include <gtest/gtest.h>
 
 #include <filesystem>
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include "kernels/device.h"
+#include "tests/support/temporary_folder.h"
 
 namespace moed {
 namespace {
@@ -144,10 +144,9 @@ TEST(MachineFile, RefusesWhatIsNoToml) {
 }
 
 TEST(MachineFile, RefusesFilesThatAreNone) {
-  const std::string path = testing::TempDir() + "machine_file_test.toml";
-  std::filesystem::remove(path);
-  EXPECT_EQ(load_machine_file(path).status().code(), StatusCode::kNotFound);
-  EXPECT_FALSE(load_machine_file(testing::TempDir()).ok());
+  const TemporaryFolder folder;
+  EXPECT_EQ(load_machine_file(folder.file("none.toml")).status().code(), StatusCode::kNotFound);
+  EXPECT_FALSE(load_machine_file(folder.path()).ok());
 }
 
 TEST(MachineFile, TheMachinesOfThisProjectAreRead) {
@@ -161,17 +160,11 @@ TEST(MachineFile, TheMachinesOfThisProjectAreRead) {
   EXPECT_GE(num_files, 4);
 }
 
-// A machine file for one test.
-std::string written(const std::string& text) {
-  const std::string path = testing::TempDir() + "machine_file_test.toml";
-  std::ofstream(path) << text;
-  return path;
-}
-
 TEST(MachineFile, AnEmulatedDeviceTakesItsMemory) {
   DeviceOptions options;
   options.num_threads = 1;
-  const std::string spec = "emulated:" + written(with(kGood, "memory_gib = 24", "memory_gib = 0.5"));
+  const TemporaryFolder folder;
+  const std::string spec = "emulated:" + folder.write("small.toml", with(kGood, "memory_gib = 24", "memory_gib = 0.5"));
   EXPECT_EQ(open_device(spec, options).value()->memory_bytes(), int64_t{1} << 29);
   options.memory_gib = 0.25;  // caps it
   EXPECT_EQ(open_device(spec, options).value()->memory_bytes(), int64_t{1} << 28);
@@ -185,11 +178,14 @@ TEST(MachineFile, AnEmulatedDeviceTakesItsFaults) {
   DeviceOptions options;
   options.num_threads = 1;
   const std::string small = with(kGood, "memory_gib = 24", "memory_gib = 0.1");
-  const auto device = open_device("emulated:" + written(small + "[faults]\ninject = \"memory:2\"\n"), options);
+  const TemporaryFolder folder;
+  const auto device =
+      open_device("emulated:" + folder.write("small.toml", small + "[faults]\ninject = \"memory:2\"\n"), options);
   ASSERT_TRUE(device.ok()) << device.status().message();
   EXPECT_TRUE((*device)->allocate(64, Memory::kDevice).ok());
   EXPECT_FALSE((*device)->allocate(64, Memory::kDevice).ok());
-  const auto odd = open_device("emulated:" + written(small + "[faults]\ninject = \"flood\"\n"), options);
+  const auto odd =
+      open_device("emulated:" + folder.write("small.toml", small + "[faults]\ninject = \"flood\"\n"), options);
   ASSERT_FALSE(odd.ok());
   EXPECT_EQ(odd.status().param(), "faults");
 }

@@ -4,10 +4,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <fstream>
 #include <set>
 #include <string>
 #include <vector>
+
+#include "tests/support/temporary_folder.h"
 
 namespace moed {
 namespace {
@@ -80,14 +81,13 @@ TEST(RouterSource, TheHotSetMoves) {
   EXPECT_GT(hottest.size(), 10U);
 }
 
-std::string trace(const std::string& text) {
-  const std::string path = testing::TempDir() + "router_source_test.trace";
-  std::ofstream(path) << text;
-  return "trace:" + path;
+StatusOr<RouterSource> of_trace(const std::string& text) {
+  const TemporaryFolder folder;
+  return RouterSource::make("trace:" + folder.write("router.trace", text), 0);
 }
 
 TEST(RouterSource, ATraceIsRepeatedLayerByLayer) {
-  RouterSource source = RouterSource::make(trace("# two layers\n0 3 1\n1 5 6\n\n0 2 0 # the second row\n"), 0).value();
+  RouterSource source = of_trace("# two layers\n0 3 1\n1 5 6\n\n0 2 0 # the second row\n").value();
   EXPECT_EQ(draw(source, 0, 8, 2), (std::vector<int32_t>{3, 1}));
   EXPECT_EQ(draw(source, 0, 8, 2), (std::vector<int32_t>{2, 0}));
   EXPECT_EQ(draw(source, 0, 8, 1), (std::vector<int32_t>{3}));
@@ -114,7 +114,7 @@ TEST(RouterSource, RefusesWhatMakesNoSense) {
                                    {"-1 2\n", "\"-1\""},
                                    {"0 3 3\n", "twice"},
                                    {"0 99999\n", "\"99999\""}}) {
-    const auto source = RouterSource::make(trace(text), 0);
+    const auto source = of_trace(text);
     ASSERT_FALSE(source.ok()) << text;
     EXPECT_NE(source.status().message().find(said), std::string::npos) << source.status().message();
   }

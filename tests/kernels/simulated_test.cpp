@@ -3,13 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <fstream>
 #include <map>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "kernels/ops.h"
+#include "tests/support/temporary_folder.h"
 
 namespace moed {
 namespace {
@@ -45,14 +45,9 @@ link_share = [1.0, 0.5]
 )";
 constexpr double kTiny = 1e-6;
 
-std::string written(const std::string& name, const std::string& text) {
-  const std::string path = testing::TempDir() + name;
-  std::ofstream(path) << text;
-  return path;
-}
-
 std::unique_ptr<Device> open(DeviceOptions options = {}, const std::string& more = "") {
-  auto device = open_device("simulated:" + written("simulated_test.toml", kRound + more), options);
+  const TemporaryFolder folder;
+  auto device = open_device("simulated:" + folder.write("round.toml", kRound + more), options);
   MOED_CHECK(device.ok()) << device.status().message();
   return std::move(device).value();
 }
@@ -69,7 +64,8 @@ TEST(SimulatedDevice, SaysWhatItIs) {
 TEST(SimulatedDevice, NeedsAMachine) {
   EXPECT_EQ(open_device("simulated", {}).status().param(), "device");
   EXPECT_EQ(open_device("simulated:none.toml", {}).status().code(), StatusCode::kNotFound);
-  const std::string path = "simulated:" + written("simulated_test.toml", kRound);
+  const TemporaryFolder folder;
+  const std::string path = "simulated:" + folder.write("round.toml", kRound);
   EXPECT_EQ(open_device(path, {.memory_gib = -1.0}).status().param(), "device_memory_gib");
   EXPECT_EQ(open_device(path, {.router = "dice"}).status().param(), "router");
 }

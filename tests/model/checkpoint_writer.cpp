@@ -1,30 +1,10 @@
 #include "tests/model/checkpoint_writer.h"
 
-#include <cstdlib>
 #include <cstring>
-#include <fstream>
 
 #include <nlohmann/json.hpp>
 
 namespace moed {
-
-TemporaryFolder::TemporaryFolder() {
-  std::string pattern = (std::filesystem::temp_directory_path() / "moed_test_XXXXXX").string();
-  MOED_CHECK(mkdtemp(pattern.data()) != nullptr) << pattern;
-  path_ = pattern;
-}
-
-TemporaryFolder::~TemporaryFolder() {
-  std::error_code error;
-  std::filesystem::remove_all(path_, error);
-}
-
-void write_file(const std::string& path, const std::string& content) {
-  std::ofstream file(path, std::ios::binary);
-  file << content;
-  file.flush();
-  MOED_CHECK(file.good()) << path;
-}
 
 std::string safetensors_bytes(const std::string& header, const std::string& data) {
   std::string bytes;

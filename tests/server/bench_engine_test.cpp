@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "tests/support/temporary_folder.h"
+
 namespace moed {
 namespace {
 
@@ -26,7 +28,8 @@ Json parsed(const std::string& path) {
 
 // The figures of a run; null when it failed.
 Json bench(std::vector<std::string> args, const std::string& device = kA40) {
-  const std::string path = testing::TempDir() + "bench_engine_test.json";
+  const TemporaryFolder folder;
+  const std::string path = folder.file("figures.json");
   args.insert(args.end(), {"--device", device, "--json", path, "--log-level", "error"});
   testing::internal::CaptureStdout();
   const int code = bench_engine(args, kNothing);
@@ -166,7 +169,8 @@ TEST(BenchEngine, ALongPromptIsMeasuredBesideTheOthers) {
 }
 
 TEST(BenchEngine, TracesLanes) {
-  const std::string path = testing::TempDir() + "bench_engine_test.trace";
+  const TemporaryFolder folder;
+  const std::string path = folder.file("passes.trace");
   const Json json = bench({"--shape", "mixtral-8x7b", "--layers", "2", "--clients", "4", "--prompt", "8", "--new", "12",
                            "--policy", "stream", "--ring-slots", "4", "--trace", path, "--trace-passes", "3"});
   ASSERT_TRUE(json.is_object());

@@ -264,13 +264,13 @@ TEST(ChatTemplateTest, ManyThreadsAtOnce) {
 }
 
 TEST(ChatTemplateFilesTest, WhereTemplatesComeFrom) {
-  TempFolder folder;
+  TemporaryFolder folder;
   const auto rendered = [&](const ChatTemplateOptions& options = {}) {
-    auto chat = ChatTemplate::load(folder.str());
+    auto chat = ChatTemplate::load(folder.path());
     EXPECT_TRUE(chat.ok()) << chat.status().message();
     return chat.ok() ? render(**chat, kUser, options) : "";
   };
-  EXPECT_EQ(ChatTemplate::load(folder.str()).status().code(), StatusCode::kNotFound);
+  EXPECT_EQ(ChatTemplate::load(folder.path()).status().code(), StatusCode::kNotFound);
   folder.write("tokenizer_config.json", R"({"bos_token":"<b>","eos_token":{"content":"<e>"},"pad_token":null,
       "chat_template":"{{bos_token}}{{eos_token}}{{pad_token}}"})");
   EXPECT_EQ(rendered(), "<b><e>");
@@ -286,9 +286,9 @@ TEST(ChatTemplateFilesTest, WhereTemplatesComeFrom) {
 
 TEST(ChatTemplateFilesTest, BadFilesAreNamed) {
   const auto expect_error = [](const std::string& name, const std::string& content, const std::string& part) {
-    TempFolder folder;
+    TemporaryFolder folder;
     folder.write(name, content);
-    const auto chat = ChatTemplate::load(folder.str());
+    const auto chat = ChatTemplate::load(folder.path());
     ASSERT_FALSE(chat.ok());
     EXPECT_EQ(chat.status().code(), StatusCode::kInvalidArgument) << chat.status().message();
     EXPECT_NE(chat.status().message().find(name), std::string::npos) << chat.status().message();
@@ -306,10 +306,10 @@ TEST(ChatTemplateFilesTest, BadFilesAreNamed) {
 }
 
 TEST(ChatTemplateFilesTest, FollowsSymbolicLinks) {
-  TempFolder blobs, snapshot;
+  TemporaryFolder blobs, snapshot;
   blobs.write("0a1b", "linked");
-  std::filesystem::create_symlink(blobs.path() / "0a1b", snapshot.path() / "chat_template.jinja");
-  auto chat = ChatTemplate::load(snapshot.str());
+  std::filesystem::create_symlink(blobs.file("0a1b"), snapshot.file("chat_template.jinja"));
+  auto chat = ChatTemplate::load(snapshot.path());
   ASSERT_TRUE(chat.ok()) << chat.status().message();
   EXPECT_EQ(render(**chat, kUser), "linked");
 }

@@ -36,22 +36,6 @@ json bpe_model(json vocabulary, const std::vector<std::pair<std::string, std::st
 
 }  // namespace
 
-TempFolder::TempFolder() {
-  std::string pattern = (std::filesystem::temp_directory_path() / "moed_text_XXXXXX").string();
-  const char* made = mkdtemp(pattern.data());
-  EXPECT_NE(made, nullptr);
-  path_ = pattern;
-}
-
-TempFolder::~TempFolder() {
-  std::error_code ignored;
-  std::filesystem::remove_all(path_, ignored);
-}
-
-void TempFolder::write(const std::string& name, const std::string& content) const {
-  std::ofstream(path_ / name, std::ios::binary) << content;
-}
-
 std::string byte_level_char(uint8_t byte) {
   const auto printable = [](int b) { return (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xFF && b != 0xAD); };
   int code = byte;
@@ -142,10 +126,10 @@ json byte_fallback_tokenizer() {
 }
 
 std::unique_ptr<Tokenizer> load_tokenizer(const json& tokenizer, const json& config) {
-  TempFolder folder;
+  TemporaryFolder folder;
   folder.write("tokenizer.json", tokenizer.dump());
   folder.write("tokenizer_config.json", config.dump());
-  auto loaded = Tokenizer::load(folder.str());
+  auto loaded = Tokenizer::load(folder.path());
   EXPECT_TRUE(loaded.ok()) << loaded.status().message();
   return loaded.ok() ? std::move(loaded).value() : nullptr;
 }

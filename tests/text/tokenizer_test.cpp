@@ -112,36 +112,36 @@ TEST(TokenizerTest, RefusesTextThatIsNotUtf8WithoutQuotingIt) {
 }
 
 TEST(TokenizerTest, BadFilesAreNamed) {
-  const auto expect_error = [](const TempFolder& folder, StatusCode code, const std::string& part) {
-    const auto loaded = Tokenizer::load(folder.str());
+  const auto expect_error = [](const TemporaryFolder& folder, StatusCode code, const std::string& part) {
+    const auto loaded = Tokenizer::load(folder.path());
     ASSERT_FALSE(loaded.ok());
     EXPECT_EQ(loaded.status().code(), code) << loaded.status().message();
     EXPECT_NE(loaded.status().message().find(part), std::string::npos) << loaded.status().message();
-    EXPECT_NE(loaded.status().message().find(folder.str()), std::string::npos) << loaded.status().message();
+    EXPECT_NE(loaded.status().message().find(folder.path()), std::string::npos) << loaded.status().message();
   };
   {
-    TempFolder folder;
+    TemporaryFolder folder;
     expect_error(folder, StatusCode::kNotFound, "tokenizer.json: no such file");
   }
   for (const std::string& content : {std::string(), std::string("{"), std::string("[]"), std::string("{\"model\":3}"),
                                      std::string("\xFF\xFE\0", 3), std::string(100'000, '[')}) {
-    TempFolder folder;
+    TemporaryFolder folder;
     folder.write("tokenizer.json", content);
     expect_error(folder, StatusCode::kInvalidArgument, "tokenizer.json");
   }
   {
-    TempFolder folder;
-    std::filesystem::create_directory(folder.path() / "tokenizer.json");
+    TemporaryFolder folder;
+    std::filesystem::create_directory(folder.file("tokenizer.json"));
     expect_error(folder, StatusCode::kInvalidArgument, "not a regular file");
   }
   {
-    TempFolder folder;
+    TemporaryFolder folder;
     folder.write("tokenizer.json", byte_level_tokenizer().dump());
     folder.write("tokenizer_config.json", "{\"eos_token\":");
     expect_error(folder, StatusCode::kInvalidArgument, "tokenizer_config.json");
   }
   {
-    TempFolder folder;
+    TemporaryFolder folder;
     json tokenizer = byte_level_tokenizer();
     tokenizer["model"]["vocab"]["far"] = 4'000'000'000u;
     folder.write("tokenizer.json", tokenizer.dump());
@@ -150,10 +150,10 @@ TEST(TokenizerTest, BadFilesAreNamed) {
 }
 
 TEST(TokenizerTest, FollowsSymbolicLinks) {
-  TempFolder blobs, snapshot;
+  TemporaryFolder blobs, snapshot;
   blobs.write("0a1b", byte_level_tokenizer().dump());
-  std::filesystem::create_symlink(blobs.path() / "0a1b", snapshot.path() / "tokenizer.json");
-  EXPECT_TRUE(Tokenizer::load(snapshot.str()).ok());
+  std::filesystem::create_symlink(blobs.file("0a1b"), snapshot.file("tokenizer.json"));
+  EXPECT_TRUE(Tokenizer::load(snapshot.path()).ok());
 }
 
 TEST(TokenizerTest, ManyThreadsAtOnce) {

@@ -73,7 +73,8 @@ def test_functions(tmp_path, monkeypatch):
     assert len(found) == 2 and "long_one" in found[0] and "wide" in found[1]
 
 
-@pytest.mark.parametrize("line", ["see /wor" "k/main/x", "from https://py" "pi.org/simple", "// TO" "DO fix", "<<<<" "<<< HEAD"])
+@pytest.mark.parametrize("line", ["see /wor" "k/main/x", "from https://py" "pi.org/simple", "// TO" "DO fix", "<<<<" "<<< HEAD",
+                                  "testing::Temp" "Dir()"])
 def test_words_that_do_not_belong(line):
     assert list(lint.word_findings("docs/x.md", f"fine\n{line}\n"))
 
