@@ -147,7 +147,7 @@ TEST(ExpertPlacer, CostsOfZeroAreNoTrouble) {
 
 // 64 rows choose 8 of 128 experts each: at most 5 us a layer on a quiet machine; the fastest of many runs counts, so
 // that a busy one does not fail the test.
-TEST(ExpertPlacer, TakesMicrosecondsAt128Experts) {
+TEST(ExpertPlacer, TimedAt128Experts) {
   std::mt19937 random(22);
   std::vector<Case> cases;
   for (int i = 0; i < 50; ++i) {

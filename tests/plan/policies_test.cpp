@@ -153,7 +153,7 @@ TEST(Policies, WhereAllExpertsStandHotWaitsForNobody) {
 
 // Of the 5 us that the host may spend on a layer of 128 experts, a plan and its check get one. The fastest of many runs
 // counts, so that a busy machine does not fail the test.
-TEST(Policies, PlanningTakesAShareOfAMicrosecondALayer) {
+TEST(Policies, TimedPlanningTakesAShareOfAMicrosecondALayer) {
   const ModelConfig config = model(49, 128, 8);
   const AnyPass pass(64, 1000);
   const Residency residency{.has_device = true, .num_slots = 1000, .resident = {}};
