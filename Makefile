@@ -51,14 +51,14 @@ cuda: deps
 gpu-bundle:
 	@tools/gpu_bundle.sh
 
-# With a driver, on the GPU unless ARGS or the environment name a device.
+# With a driver, by the build that has the device cuda, which device.device = "auto" then takes.
 serve: deps
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then .venv/bin/python tools/make_demo.py --out $(DEMO); fi
 	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory cuda; \
 	  else echo 'serve: no NVIDIA driver here, so the CPU serves'; $(MAKE) --no-print-directory build; fi
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then export MOED_KV_GIB="$${MOED_KV_GIB:-1}"; fi; \
 	  moed='$(MOED)'; \
-	  if nvidia-smi -L >/dev/null 2>&1; then moed='$(BUILD)/cuda/moed'; export MOED_DEVICE="$${MOED_DEVICE:-cuda}"; fi; \
+	  if nvidia-smi -L >/dev/null 2>&1; then moed='$(BUILD)/cuda/moed'; fi; \
 	  exec "$$moed" serve --model '$(MODEL)' $(ARGS)
 
 test:

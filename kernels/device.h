@@ -166,9 +166,9 @@ struct DeviceOptions {
   std::string_view faults;     // for tests: what goes wrong on an emulated device, "copy:17,memory:5" (Faults)
 };
 
-// spec: "cpu", "emulated", "emulated:FILE", "simulated:FILE", "cuda" or "cuda:N", as far as this build has them; FILE
-// describes a machine (deploy/machines). Errors: kInvalidArgument listing the devices of this build, or naming file and
-// field.
+// spec: "auto", "cpu", "emulated", "emulated:FILE", "simulated:FILE", "cuda" or "cuda:N", as far as this build has
+// them; FILE describes a machine (deploy/machines). Errors: kInvalidArgument listing the devices of this build, or
+// naming file and field.
 StatusOr<std::unique_ptr<Device>> open_device(std::string_view spec, const DeviceOptions& options);
 
 }  // namespace moed

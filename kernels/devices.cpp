@@ -1,6 +1,8 @@
 #include <string>
 #include <vector>
 
+#include <spdlog/spdlog.h>
+
 #include "kernels/device_kind.h"
 #include "kernels/emulated/emulated_device.h"
 #include "kernels/host/host_device.h"
@@ -21,8 +23,18 @@ StatusOr<std::unique_ptr<Device>> open_emulated_machine(std::string_view path, c
   return open_emulated_device(limited);
 }
 
+// CUDA's first GPU where build and machine have one, else the host: a build with CUDA says why.
+StatusOr<std::unique_ptr<Device>> open_best_device(const DeviceOptions& options) {
+  if (cuda_kind() == nullptr) return open_host_device(options);
+  StatusOr<std::unique_ptr<Device>> device = cuda_kind()->open(options);
+  if (device.ok() || device.status().code() != StatusCode::kUnavailable) return device;
+  spdlog::warn("{}; the CPU serves", device.status().message());
+  return open_host_device(options);
+}
+
 // A new device is a folder and a row.
 constexpr DeviceKind kDevices[] = {
+    {"auto", &open_best_device, "", nullptr},
     {"cpu", &open_host_device, "", nullptr},
     {"emulated", &open_emulated_device, "FILE", &open_emulated_machine},
     {"simulated", nullptr, "FILE", &open_simulated_device},

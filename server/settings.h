@@ -33,7 +33,7 @@ struct Settings {
   } server;
 
   struct Device {
-    std::string device = "cpu";
+    std::string device = "auto";
     double device_memory_gib = 0;  // 0: no cap
     int64_t threads = 0;           // compute threads, the serving thread included; 0: all physical cores allowed
     bool deterministic = false;

@@ -49,7 +49,9 @@ const SettingRow kRows[] = {
     {"server.log_json", at<&S::server, &S::Server::log_json>, "Write the log as JSON, one object a line"},
 
     {"device.device", at<&S::device, &S::Device::device>,
-     "Device that runs the model: cpu, emulated or emulated:FILE; cuda or cuda:N where the build has it"},
+     "Device that runs the model: cpu, emulated or emulated:FILE; cuda or cuda:N where the build has it; auto: cuda "
+     "where "
+     "build and machine have it, else cpu"},
     {"device.device_memory_gib", at<&S::device, &S::Device::device_memory_gib>,
      "Cap on the device's memory in GiB, above what it has without effect; 0: none (4 GiB on emulated), and so it must "
      "be on cpu",

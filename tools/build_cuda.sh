@@ -28,6 +28,21 @@ says_why_not() {
   [ "$code" = 1 ] && [ "$(wc -l <<<"$said")" = 1 ] && grep -q 'device cuda: .*driver' <<<"$said"
 }
 
+# What it does when it is asked for no device: one line that names the reason, then it serves from the CPU.
+serves_without() {
+  local log=$build/cuda-serves.log pid code=0
+  "$moed" serve --model models/demo --kv-gib 0.25 --http-port 0 --grpc-port 0 >"$log" 2>&1 </dev/null &
+  pid=$!
+  for _ in $(seq 600); do
+    if grep -q ' ready' "$log" || ! kill -0 "$pid" 2>/dev/null; then break; fi
+    sleep 0.1
+  done
+  kill -TERM "$pid" 2>/dev/null || true
+  wait "$pid" || code=$?
+  cat "$log"
+  [ "$code" = 0 ] && grep -q ' ready' "$log" && [ "$(grep -c 'device cuda: .*driver.*; the CPU serves' "$log")" = 1 ]
+}
+
 probes() {
   local folder=$build/gpu-report
   local size=()
@@ -73,6 +88,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
   nvidia-smi -L
 elif [ -e models/demo/config.json ]; then
   check says-why-not says_why_not
+  check serves-without serves_without
 else
   echo "cuda: no demo model, so the daemon was not started (make demo)"
 fi

@@ -1,15 +1,14 @@
 #include "server/settings.h"
 
 #include <gtest/gtest.h>
-#include <stdlib.h>
 
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <sstream>
 
 #include "server/settings_table.h"
+#include "tests/support/temporary_folder.h"
 
 namespace moed {
 namespace {
@@ -40,24 +39,10 @@ void expect_error(const StatusOr<LoadedSettings>& loaded, const Strings& parts) 
 
 class SettingsFileTest : public testing::Test {
  protected:
-  SettingsFileTest() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "moed_settings_XXXXXX").string();
-    EXPECT_NE(mkdtemp(pattern.data()), nullptr);
-    folder_ = pattern;
-  }
-  ~SettingsFileTest() override {
-    std::error_code ignored;
-    std::filesystem::remove_all(folder_, ignored);
-  }
-  std::string file(const std::string& content) {
-    const std::string path = (folder_ / "moed.toml").string();
-    std::ofstream(path, std::ios::binary) << content;
-    return path;
-  }
   StatusOr<LoadedSettings> load_file(const std::string& content) {
-    return load({"--model", "m", "--config", file(content)});
+    return load({"--model", "m", "--config", folder_.write("moed.toml", content)});
   }
-  std::filesystem::path folder_;
+  TemporaryFolder folder_;
 };
 
 TEST(SettingsTest, DefaultsServeOnLoopback) {
@@ -101,7 +86,8 @@ TEST(SettingsTest, EnvironmentOfEveryType) {
 }
 
 TEST_F(SettingsFileTest, FlagsWinOverEnvironmentOverFileOverDefaults) {
-  const std::string path = file("[scheduler]\nqueue_max = 10\nsequences_max = 11\npass_rows_max = 12\n");
+  const std::string path =
+      folder_.write("moed.toml", "[scheduler]\nqueue_max = 10\nsequences_max = 11\npass_rows_max = 12\n");
   const Settings settings =
       load_ok({"--model", "m", "--config", path, "--queue-max", "30"}, {"MOED_QUEUE_MAX=20", "MOED_SEQUENCES_MAX=21"});
   EXPECT_EQ(settings.scheduler.queue_max, 30);
@@ -156,8 +142,8 @@ TEST_F(SettingsFileTest, WrongTypesAndRangesNameKeyLineAndLimit) {
 }
 
 TEST_F(SettingsFileTest, FilesThatCannotBeRead) {
-  expect_error(load({"--model", "m", "--config", (folder_ / "none.toml").string()}), {"none.toml", "cannot be read"});
-  expect_error(load({"--model", "m", "--config", folder_.string()}), {folder_.string(), "cannot be read"});
+  expect_error(load({"--model", "m", "--config", folder_.file("none.toml")}), {"none.toml", "cannot be read"});
+  expect_error(load({"--model", "m", "--config", folder_.path()}), {folder_.path(), "cannot be read"});
   expect_error(load_file(std::string(2 << 20, '#')), {"larger than 1 MiB"});
   expect_error(load_file(std::string(100'000, '[')), {"moed.toml:1"});
 }
@@ -203,7 +189,8 @@ TEST(SettingsTest, WhatIsNeededTogether) {
 }
 
 TEST(SettingsTest, DeviceMemoryNeedsADeviceThatHasSome) {
-  expect_error(load({"--model", "m", "--device-memory-gib", "8"}), {"device.device_memory_gib", "cpu"});
+  expect_error(load({"--model", "m", "--device", "cpu", "--device-memory-gib", "8"}),
+               {"device.device_memory_gib", "cpu"});
   expect_error(load({"--model", "m", "--device", "cpu"}, {"MOED_DEVICE_MEMORY_GIB=8"}), {"device.device_memory_gib"});
   EXPECT_TRUE(load({"--model", "m", "--device-memory-gib", "0"}).ok());
   EXPECT_EQ(load_ok({"--model", "m", "--device", "cuda:0", "--device-memory-gib", "8"}).device.device_memory_gib, 8.0);
@@ -214,10 +201,11 @@ TEST(SettingsTest, PlacementNeedsADeviceThatHasMemory) {
     more.insert(more.begin(), {"--model", "m"});
     return load(more);
   };
-  expect_error(with({"--policy", "hot"}), {"placement.policy is hot, but device.device is cpu", "auto or host"});
-  expect_error(with({"--kv", "split"}), {"placement.kv is split", "cpu"});
-  expect_error(with({"--resident-experts", "4"}), {"placement.resident_experts is set", "cpu"});
-  expect_error(with({"--ring-slots", "4"}), {"placement.ring_slots is 4", "cpu", "leave it 0"});
+  expect_error(with({"--device", "cpu", "--policy", "hot"}),
+               {"placement.policy is hot, but device.device is cpu", "auto or host"});
+  expect_error(with({"--device", "cpu", "--kv", "split"}), {"placement.kv is split", "cpu"});
+  expect_error(with({"--device", "cpu", "--resident-experts", "4"}), {"placement.resident_experts is set", "cpu"});
+  expect_error(with({"--device", "cpu", "--ring-slots", "4"}), {"placement.ring_slots is 4", "cpu", "leave it 0"});
   expect_error(with({"--device", "emulated", "--device-kv-gib", "4"}),
                {"memory.device_kv_gib is 4, but placement.kv is auto"});
   expect_error(with({"--device", "simulated:f"}), {"device.device is simulated:f", "cannot serve"});
@@ -261,7 +249,8 @@ std::string health_address(const Strings& args, const Strings& environment = {})
 
 TEST_F(SettingsFileTest, HealthAsksWhereTheSettingsSay) {
   EXPECT_EQ(health_address({}), "127.0.0.1 8000");
-  const std::string path = file("[server]\nhost = \"10.1.2.3\"\nhttp_port = 81\n[model]\npath = \"m\"\n");
+  const std::string path =
+      folder_.write("moed.toml", "[server]\nhost = \"10.1.2.3\"\nhttp_port = 81\n[model]\npath = \"m\"\n");
   EXPECT_EQ(health_address({"--config", path}), "10.1.2.3 81");
   EXPECT_EQ(health_address({}, {"MOED_CONFIG=" + path, "MOED_HTTP_PORT=82"}), "10.1.2.3 82");
   EXPECT_EQ(health_address({"--http-port", "83", "--host", "h"}, {"MOED_HTTP_PORT=82"}), "h 83");
@@ -287,7 +276,7 @@ TEST_F(SettingsFileTest, PrintedConfigReadsBack) {
               {"MOED_API_KEY=topsecret"});
   const std::string printed = settings_toml(settings);
   EXPECT_EQ(printed.find("topsecret"), std::string::npos);
-  auto again = load({"--config", file(printed)});
+  auto again = load({"--config", folder_.write("moed.toml", printed)});
   ASSERT_TRUE(again.ok()) << again.status().message();
   EXPECT_EQ(settings_toml(again->settings), printed);
   EXPECT_EQ(again->settings.model.path, "/a \"b\"\\c");
