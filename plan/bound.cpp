@@ -35,7 +35,7 @@ void add_experts(const ModelConfig& config, const StepShape& shape, const Planni
   const double kept =
       planning.policy->cache ? planning.residency.num_slots : static_cast<double>(planning.residency.resident.size());
   const double absent = std::max(0.0, 1.0 - kept / all);
-  const bool whole = std::string_view(planning.policy->name) == "stream";
+  const bool whole = planning.policy->streams_all;
   if (whole) {
     work->link_bytes = all * absent * bytes;
   } else {

@@ -105,12 +105,12 @@ StepPlan plan_hot(const PolicyInput& input) {
 }
 
 constexpr Policy kPolicies[] = {
-    {"host", "all experts on the CPU, where their weights are", &plan_host, false, false, false},
-    {"device", "all experts in device memory", &plan_device, true, true, true},
+    {"host", "all experts on the CPU, where their weights are", &plan_host, false, false, false, false},
+    {"device", "all experts in device memory", &plan_device, true, true, true, false},
     {"stream", "every layer's experts come through the ring in order, for many rows a pass", &plan_stream, true, false,
-     false},
+     false, true},
     {"hot", "the experts most asked for stay in device memory; others are copied or run on the CPU, as costs say",
-     &plan_hot, true, false, true},
+     &plan_hot, true, false, true, false},
 };
 
 constexpr KvPlacement kKvPlacements[] = {KvPlacement::kHost, KvPlacement::kDevice, KvPlacement::kSplit};

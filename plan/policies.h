@@ -56,6 +56,7 @@ struct Policy {
   bool uses_device;   // experts run on the device, which must have memory of its own
   bool all_resident;  // refused where device memory does not hold all experts
   bool cache;         // experts that came stay until their slots are needed
+  bool streams_all;   // every absent expert is copied in every pass, whatever rows choose
 };
 
 // A row a policy; "host" first.

@@ -13,6 +13,7 @@ constexpr double kPriorFactor = 64.0;
 constexpr double kSmoothing = 1.0 / 8.0;
 constexpr double kFirstSmoothing = 1.0 / 2.0;
 constexpr double kBytesPerWeight = 2.0;  // bf16
+constexpr double kFlopsPerWeight = 2.0;  // of a row
 
 StepShape together(const StepShape& a, const StepShape& b) {
   return {.num_sequences = a.num_sequences + b.num_sequences,
@@ -22,21 +23,37 @@ StepShape together(const StepShape& a, const StepShape& b) {
           .attended_tokens = a.attended_tokens + b.attended_tokens};
 }
 
-// Weights whose products one row takes part in: all dense ones but the embedding table, and the chosen experts.
-double active_weights(const ModelConfig& config) {
-  double weights = static_cast<double>(dense_weight_bytes(config)) / kBytesPerWeight;
-  if (!config.tied_embeddings) weights -= static_cast<double>(config.vocab_size) * config.hidden_size;
-  if (config.moe.num_experts > 0) {
-    weights += static_cast<double>(expert_weight_bytes(config)) / kBytesPerWeight * config.moe.router.top_k /
-               config.moe.num_experts;
-  }
-  return weights;
+double dense_weights(const ModelConfig& config) {
+  return static_cast<double>(dense_weight_bytes(config)) / kBytesPerWeight;
+}
+
+// Dense weights whose products one row takes part in: all but the embedding table.
+double active_dense_weights(const ModelConfig& config) {
+  const double table = static_cast<double>(config.vocab_size) * config.hidden_size;
+  return dense_weights(config) - (config.tied_embeddings ? 0.0 : table);
+}
+
+double chosen_share(const ModelConfig& config) {
+  return config.moe.num_experts > 0 ? static_cast<double>(config.moe.router.top_k) / config.moe.num_experts : 0.0;
+}
+
+// Of the experts that a pass wants, the share that device memory does not have.
+double absent_share(const ModelConfig& config, const Planning& planning) {
+  const Policy& policy = *planning.policy;
+  const auto all = static_cast<double>(num_routed_experts(config));
+  if (!policy.uses_device || all == 0.0) return 1.0;
+  const auto resident = static_cast<double>(planning.residency.resident.size());
+  return std::max(0.0,
+                  1.0 - (policy.cache ? std::max<double>(planning.residency.num_slots, resident) : resident) / all);
 }
 
 }  // namespace
 
 double StepModel::sweep_us(int32_t num_rows) const {
-  return costs_.dense_us + costs_.experts_us * (1.0 - std::pow(1.0 - costs_.expert_share, num_rows));
+  const double chosen = 1.0 - std::pow(1.0 - costs_.expert_share, num_rows);
+  const double rows = chosen > 0.0 ? num_rows * costs_.expert_share / chosen : 0.0;  // of a chosen expert
+  const double host_rate = (1.0 - costs_.link_share) * std::min(1.0, costs_.host_rows / std::max(rows, 1.0));
+  return costs_.dense_us + costs_.experts_us * chosen / (costs_.link_share + host_rate);
 }
 
 double StepModel::attention_us(const StepShape& shape) const {
@@ -94,14 +111,36 @@ void Tracker::observe(const StepShape& shape, double measured_us) {
   model_ = StepModel(next);
 }
 
-StepModel prior_step_model(const ModelConfig& config, double bytes_per_us, double flops_per_us) {
-  const auto num_experts = static_cast<double>(config.moe.num_experts);
-  return StepModel(StepCosts{.dense_us = static_cast<double>(dense_weight_bytes(config)) / bytes_per_us,
-                             .experts_us = static_cast<double>(expert_weight_bytes(config)) / bytes_per_us,
-                             .expert_share = num_experts > 0.0 ? config.moe.router.top_k / num_experts : 0.0,
-                             .row_us = 2.0 * active_weights(config) / flops_per_us,
-                             .context_us = static_cast<double>(config.kv_bytes_per_token()) / bytes_per_us,
-                             .attended_us = 4.0 * config.q_size() * config.num_layers / flops_per_us});
+StepModel prior_step_model(const ModelConfig& config, const Planning& planning) {
+  const MachineRates& rates = planning.rates;
+  const Policy& policy = *planning.policy;
+  const bool has_device = planning.residency.has_device;
+  const double dense_bytes = has_device ? rates.device_bytes : rates.host_bytes;
+  const double dense_flops = has_device ? rates.device_flops : rates.host_flops;
+  const double kv_bytes = has_device && planning.kv == KvPlacement::kDevice ? rates.device_bytes : rates.host_bytes;
+  // Who streams every expert asks the link alone; else the host takes its share of what is absent.
+  const double absent = absent_share(config, planning);
+  const bool shares = policy.uses_device && !policy.streams_all && absent > 0.0;
+  double absent_bytes = policy.streams_all ? rates.link_bytes : rates.host_bytes;
+  if (shares) absent_bytes += rates.link_bytes;
+  const auto experts = static_cast<double>(expert_weight_bytes(config));
+  const double chosen = chosen_share(config);
+  const double expert_flops = policy.uses_device ? rates.device_flops : rates.host_flops;
+  StepCosts costs;
+  costs.dense_us = static_cast<double>(dense_weight_bytes(config)) / dense_bytes;
+  costs.experts_us = experts * absent / absent_bytes;
+  if (absent < 1.0) costs.experts_us += experts * (1.0 - absent) / rates.device_bytes;
+  costs.expert_share = policy.streams_all && absent > 0.0 ? 1.0 : chosen;
+  if (shares) {
+    costs.link_share = rates.link_bytes / absent_bytes;
+    costs.host_rows = rates.host_flops / rates.host_bytes * kBytesPerWeight / kFlopsPerWeight;
+  }
+  costs.row_us = kFlopsPerWeight *
+                 (active_dense_weights(config) / dense_flops + experts / kBytesPerWeight * chosen / expert_flops);
+  costs.context_us = static_cast<double>(config.kv_bytes_per_token()) / kv_bytes;
+  // Prompts attend on the device wherever their KV is to be.
+  costs.attended_us = 4.0 * config.q_size() * config.num_layers / dense_flops;
+  return StepModel(costs);
 }
 
 }  // namespace moed

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "plan/plan.h"
+#include "plan/policies.h"
 
 namespace moed {
 
@@ -10,13 +11,18 @@ struct StepCosts {
   double experts_us = 0.0;    // reading once all experts
   double expert_share = 0.0;  // of a layer's experts, those that one row chooses: top_k / num_experts
   double row_us = 0.0;        // products of one row
-  double context_us = 0.0;    // attention: reading the KV of one token
-  double attended_us = 0.0;   // attention: products of one row with one token
+  // Where link and host share the experts that are absent: of the rate that experts_us is at, the link's share, and the
+  // rows of an expert beyond which the host's products take longer than its reading.
+  double link_share = 1.0;
+  double host_rows = 1.0;
+  double context_us = 0.0;   // attention: reading the KV of one token
+  double attended_us = 0.0;  // attention: products of one row with one token
 };
 
 // Predicts a pass. Pure; thread-compatible. Now the simplest model that can weigh a sweep of the weights against
 // products: time = max(sweep, products) + attention, attention = max(KV read, products); the sweep reads the dense
-// weights and the experts that some row chooses, as if rows chose independently and evenly. The calibrated model of
+// weights and the experts that some row chooses, as if rows chose independently and evenly; where link and host share
+// them, the host's part of the rate falls as its experts' rows become many. The calibrated model of
 // performance-model.md takes its place.
 class StepModel {
  public:
@@ -38,7 +44,7 @@ class StepModel {
   double sweep_us() const { return costs_.dense_us + costs_.experts_us; }
   double row_us() const { return costs_.row_us; }
   double context_us() const { return costs_.context_us; }
-  // Of the weights that a pass of so many rows reads.
+  // Of the weights that a pass of so many rows reads, and of the host's products with them where it shares the experts.
   double sweep_us(int32_t num_rows) const;
   double attention_us(const StepShape& shape) const;
 
@@ -65,7 +71,9 @@ class Tracker {
   int64_t num_observed_ = 0;
 };
 
-// A prior from the model's shape and plain assumptions about the machine (bytes/us a pass can read, FLOP/us it can do).
-StepModel prior_step_model(const ModelConfig& config, double bytes_per_us, double flops_per_us);
+// A prior from the model's shape, where the policy has weights and KV, and assumptions about the machine: what a pass
+// reads comes from device memory, over the link, or from host memory; rows are products of the device where experts
+// come to it, which is what they do when rows are many.
+StepModel prior_step_model(const ModelConfig& config, const Planning& planning);
 
 }  // namespace moed

@@ -119,15 +119,6 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
   return config;
 }
 
-// Passes sweep the device's memory where all experts are there, the host's elsewhere.
-StepModel step_prior(const ModelConfig& config, const Planning& planning) {
-  const MachineRates& rates = planning.rates;
-  const bool all_resident = planning.residency.has_device &&
-                            static_cast<int64_t>(planning.residency.resident.size()) == num_routed_experts(config);
-  return all_resident ? prior_step_model(config, rates.device_bytes, rates.device_flops)
-                      : prior_step_model(config, kPriorBytesPerUs, rates.host_flops);
-}
-
 }  // namespace
 
 MachineMemory machine_memory() {
@@ -199,7 +190,7 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
   HostPins* const pins = config.ring.num_slots > 0 ? &opened->pins() : nullptr;
   config.ring.pins = pins;
   MOED_ASSIGN_OR_RETURN(ExpertStore experts, ExpertStore::load(model, *source, advance, pins));
-  const StepModel prior = step_prior(model.config, planning);
+  const StepModel prior = prior_step_model(model.config, planning);
   auto backend = std::make_unique<LoadedBackend>(std::move(opened), std::move(weights), std::move(experts),
                                                  std::move(budget), prior, std::move(planning));
   MOED_RETURN_IF_ERROR(backend->start(model, config));

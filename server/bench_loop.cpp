@@ -184,6 +184,7 @@ class BenchLoop {
   Status take(const TokenEvent& event) {
     const double at_us = inputs_.opened.now_us();
     if (event.request == kLongRequest) {
+      long_end_us_ = at_us;
       result_.long_prompt_ms = (at_us - long_arrival_us_) / 1e3;
       return {};
     }
@@ -195,8 +196,8 @@ class BenchLoop {
         ++client.requests;
         sums_.prompt_tokens += workload_.prompt_tokens;
         first_us_.push_back(at_us - client.arrival_us);
-      } else if (long_sent_ && result_.long_prompt_ms == 0.0) {
-        beside_us_.push_back(at_us - std::max(client.last_us, long_arrival_us_));
+      } else if (long_sent_ && client.last_us < long_end_us_) {
+        beside_us_.push_back(at_us - client.last_us);
       }
       client.last_us = at_us;
     }
@@ -225,6 +226,7 @@ class BenchLoop {
   bool steady_ended_ = false;
   bool long_sent_ = false;
   double long_arrival_us_ = 0.0;
+  double long_end_us_ = std::numeric_limits<double>::infinity();
   std::vector<double> first_us_;
   std::vector<double> token_us_;
   std::vector<double> beside_us_;

@@ -58,7 +58,7 @@ struct BenchResult {
   BenchCounts steady_end;
   BenchLatency first_token;        // of the clients' requests
   BenchLatency token;              // mean time between tokens of a request, over requests
-  BenchLatency token_beside_long;  // between tokens that came while the long prompt ran; zeroes without one
+  BenchLatency token_beside_long;  // between tokens, while the long prompt ran at least in part; zeroes without one
   double long_prompt_ms = 0.0;     // from its arrival to its token
   int64_t preemptions = 0;
 };

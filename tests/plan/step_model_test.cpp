@@ -47,6 +47,15 @@ TEST(StepModel, SweepsTheExpertsThatRowsChoose) {
   EXPECT_DOUBLE_EQ(StepModel(StepCosts{.experts_us = 5.0, .expert_share = 1.0}).predict_us(rows(1)), 5.0);
 }
 
+TEST(StepModel, TheHostsPartOfASweepSlowsWithRows) {
+  // Every row chooses each expert: a quarter of the rate is the link's, the host is bound by products from 10 rows on.
+  const StepModel model({.experts_us = 100.0, .expert_share = 1.0, .link_share = 0.25, .host_rows = 10.0});
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(1)), 100.0);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(10)), 100.0);
+  EXPECT_DOUBLE_EQ(model.predict_us(rows(20)), 100.0 / (0.25 + 0.375));
+  EXPECT_NEAR(model.predict_us(rows(1'000'000)), 400.0, 0.1);  // the link alone
+}
+
 TEST(StepModel, OneDecodeRowDoesNotRideInALongChunkOfASparseModel) {
   const StepModel model(kSparse);
   EXPECT_FALSE(model.share_sweep(rows(1), rows(512)));
@@ -192,7 +201,7 @@ TEST(Tracker, IgnoresWhatCannotBeMeasured) {
   EXPECT_DOUBLE_EQ(empty.model().predict_us(rows(4)), 0.0);
 }
 
-TEST(PriorStepModel, MixtralOnAKnownMachine) {
+ModelConfig mixtral() {
   ModelConfig config;
   config.hidden_size = 4096;
   config.num_layers = 32;
@@ -202,16 +211,80 @@ TEST(PriorStepModel, MixtralOnAKnownMachine) {
   config.moe.intermediate_size = 14'336;
   config.moe.router.top_k = 2;
   config.layers.assign(32, LayerKind::kMoe);
+  return config;
+}
+
+// All but 2 * 32'000 * 4096 of embeddings, attention and routers.
+constexpr double kExpertBytes = 2 * 32 * 8 * 3 * 4096.0 * 14'336;
+constexpr double kExpertFlops = kExpertBytes / 4;  // a row: two of eight experts
+
+const Policy* policy(std::string_view name) {
+  for (const Policy& each : policies()) {
+    if (each.name == name) return &each;
+  }
+  return nullptr;
+}
+
+TEST(PriorStepModel, MixtralOnAKnownMachine) {
   // 46.7e9 weights in bf16, 12.9e9 of them active (less the embedding table: 12.75e9).
-  const StepModel model = prior_step_model(config, 100e3, 1e6);
+  Planning planning;
+  planning.rates = {.host_bytes = 100e3, .host_flops = 1e6};
+  const StepModel model = prior_step_model(mixtral(), planning);
   EXPECT_NEAR(model.sweep_us(), 2 * 46.70e9 / 100e3, 0.005 * 934e3);
   EXPECT_NEAR(model.row_us(), 2 * 12.75e9 / 1e6, 0.005 * 25.5e3);
   EXPECT_DOUBLE_EQ(model.context_us(), 131'072 / 100e3);
-  // All but 2 * 32'000 * 4096 of embeddings, attention and routers are experts.
-  EXPECT_NEAR(model.costs().experts_us, 2 * 32 * 8 * 3 * 4096.0 * 14'336 / 100e3, 1.0);
-  EXPECT_DOUBLE_EQ(model.costs().dense_us, model.sweep_us() - model.costs().experts_us);
+  EXPECT_NEAR(model.costs().experts_us, kExpertBytes / 100e3, 1.0);
+  EXPECT_NEAR(model.costs().dense_us, model.sweep_us() - model.costs().experts_us, 1e-6);
   EXPECT_DOUBLE_EQ(model.costs().expert_share, 0.25);
   EXPECT_DOUBLE_EQ(model.costs().attended_us, 4.0 * 32 * 128 * 32 / 1e6);
+}
+
+TEST(PriorStepModel, ReadsEachPartFromWhereThePolicyHasIt) {
+  Planning planning;
+  planning.residency = {.has_device = true, .num_slots = 64, .resident = {}};
+  planning.rates = {
+      .link_bytes = 20e3, .host_bytes = 60e3, .host_flops = 2e6, .device_flops = 100e6, .device_bytes = 500e3};
+  const auto costs = [&](std::string_view name) {
+    planning.policy = policy(name);
+    return prior_step_model(mixtral(), planning).costs();
+  };
+  // Every expert comes in every pass, one row or many.
+  EXPECT_NEAR(costs("stream").experts_us, kExpertBytes / 20e3, 1.0);
+  EXPECT_DOUBLE_EQ(costs("stream").expert_share, 1.0);
+  EXPECT_NEAR(costs("stream").row_us, 2 * 12.75e9 / 100e6, 0.005 * 255);
+  // A quarter stands there; link and host share the rest.
+  EXPECT_NEAR(costs("hot").experts_us, kExpertBytes * (0.75 / 80e3 + 0.25 / 500e3), 1.0);
+  EXPECT_DOUBLE_EQ(costs("hot").expert_share, 0.25);
+  EXPECT_NEAR(costs("hot").row_us, costs("stream").row_us, 1e-9);
+  EXPECT_DOUBLE_EQ(costs("hot").link_share, 0.25);
+  EXPECT_DOUBLE_EQ(costs("hot").host_rows, 2e6 / 60e3);
+  EXPECT_DOUBLE_EQ(costs("stream").link_share, 1.0);
+  // Beside a device that has the dense weights the host computes what it reads.
+  EXPECT_NEAR(costs("host").experts_us, kExpertBytes / 60e3, 1.0);
+  EXPECT_NEAR(costs("host").row_us, kExpertFlops / 2e6, 0.02 * kExpertFlops / 2e6);
+  for (const char* name : {"stream", "hot", "host"}) {
+    EXPECT_DOUBLE_EQ(costs(name).dense_us, costs("stream").dense_us);
+    EXPECT_DOUBLE_EQ(costs(name).context_us, 131'072 / 60e3);
+  }
+  planning.residency.num_slots = 256;
+  planning.kv = KvPlacement::kDevice;
+  for (int32_t i = 0; i < 256; ++i) planning.residency.resident.push_back({i / 8, i % 8});
+  EXPECT_NEAR(costs("device").experts_us, kExpertBytes / 500e3, 1.0);
+  EXPECT_DOUBLE_EQ(costs("device").expert_share, 0.25);
+  EXPECT_DOUBLE_EQ(costs("device").context_us, 131'072 / 500e3);
+}
+
+// MoE-Lens's regime: a pass takes as long as the experts take to come, whoever rides.
+TEST(PriorStepModel, DecodersRideWhereEveryPassStreamsTheModel) {
+  Planning planning;
+  planning.policy = policy("stream");
+  planning.residency = {.has_device = true, .num_slots = 16, .resident = {}};
+  planning.rates = {
+      .link_bytes = 19.5e3, .host_bytes = 130e3, .host_flops = 1.5e6, .device_flops = 97.6e6, .device_bytes = 592e3};
+  const StepModel model = prior_step_model(mixtral(), planning);
+  StepShape prompt;
+  prompt.add(0, 8192, true);
+  for (const int32_t decoders : {1, 8, 64}) EXPECT_TRUE(model.share_sweep(rows(decoders, 100), prompt)) << decoders;
 }
 
 }  // namespace
