@@ -8,7 +8,7 @@ namespace moed {
 
 int64_t ExpertTables::bytes(const ModelConfig& model) {
   const auto moe_layers = std::count(model.layers.begin(), model.layers.end(), LayerKind::kMoe);
-  const int64_t tables = moe_layers == 0 ? 0 : moe_layers + kCalls + 1;
+  const int64_t tables = moe_layers == 0 ? 0 : moe_layers + kCalls;
   return (model.num_layers + tables * model.moe.num_experts) * int64_t{sizeof(const std::byte*)};
 }
 
@@ -45,8 +45,6 @@ ExpertTables::Table ExpertTables::cleared(int64_t index) {
   std::fill(table.begin(), table.end(), nullptr);
   return table;
 }
-
-ExpertTables::Table ExpertTables::host_table() { return cleared(num_moe_layers_ + kCalls); }
 
 ExpertTables::Table ExpertTables::take(FunctionRef<void(Event&)> wait) {
   Call& call = calls_[next_];

@@ -29,8 +29,6 @@ class ExpertTables {
   std::span<const std::byte* const> dense(int32_t layer) const { return {base_ + layer, 1}; }
   // All experts of a layer where the host reads them; constant. REQUIRES: a layer of kind kMoe.
   std::span<const std::byte* const> store(int32_t layer) const;
-  // For calls of the host lane, which have run when they return; all null.
-  Table host_table();
   // A table for one call on the device, all null. used() follows once the call is enqueued; many calls later the table
   // comes round again. `wait` waits for an event of the stream.
   Table take(FunctionRef<void(Event&)> wait);
@@ -49,7 +47,7 @@ class ExpertTables {
 
   Device* device_ = nullptr;
   Buffer memory_;
-  const std::byte** base_ = nullptr;  // [num_layers]; then tables of num_experts: MoE layers, calls, the host lane's
+  const std::byte** base_ = nullptr;  // [num_layers]; then tables of num_experts: MoE layers, calls
   int32_t num_layers_ = 0;
   int32_t num_experts_ = 0;
   int32_t num_moe_layers_ = 0;

@@ -13,10 +13,6 @@ namespace {
 // pushes out what is wanted as much.
 constexpr int32_t kPredictedRows = 2;
 
-// The host runs experts until about this much of their weights has been read, then looks after the ring: 0.2 ms at 80
-// GB/s, less than two packets take.
-constexpr int64_t kHostBatchBytes = int64_t{16} << 20;
-
 bool host_allowed(const ExpertCosts& costs) {
   return std::isfinite(costs.host_base_us) && std::isfinite(costs.host_row_us);
 }
@@ -270,7 +266,7 @@ void MoeExecutor::place(const Work& work) {
   if (streams(work.pass.plan())) placer_.place(work.pass.plan().costs, counts_, places_);
   streamed_.clear();
   hosted_.clear();
-  next_streamed_ = next_hosted_ = 0;
+  next_streamed_ = 0;
   for (int32_t expert = 0; expert < model_.moe.num_experts; ++expert) {
     if (counts_[expert] == 0) continue;
     if (places_[expert] == Place::kHost) {
@@ -283,7 +279,7 @@ void MoeExecutor::place(const Work& work) {
   }
 }
 
-// Copies first, so that they run while the host computes; between its batches they are fed.
+// Copies first, so that they run while the host computes, which feeds them meanwhile.
 void MoeExecutor::run_missing(const Work& work, bool sent) {
   if (!hosted_.empty()) {
     if (!sent) {
@@ -296,24 +292,16 @@ void MoeExecutor::run_missing(const Work& work, bool sent) {
     device_.host_access(table.data(), static_cast<int64_t>(table.size_bytes()), Access::kWrite);
     std::fill(table.begin(), table.end(), nullptr);
     for (const int32_t expert : hosted_) table[expert] = experts_.blob({work.layer, expert}).data;
-    while (next_hosted_ < hosted_.size()) {
-      run_host_batch(work);
-      stream_some(work);
-    }
+    run_hosted(work);
   }
   finish_streams(work);
 }
 
-void MoeExecutor::run_host_batch(const Work& work) {
+void MoeExecutor::run_hosted(const Work& work) {
   const double begin_us = device_.now_us();
-  const ExpertTables::Table table = tables_.host_table();
-  for (int64_t bytes = 0; next_hosted_ < hosted_.size() && bytes < kHostBatchBytes; bytes += experts_.shape().bytes()) {
-    const int32_t expert = hosted_[next_hosted_++];
-    table[expert] = experts_.blob({work.layer, expert}).data;
-  }
   ExpertFfn args = device_args(work);
   args.x = work.rows.host_normed;
-  args.blobs = table;
+  args.blobs = {work.tables.host_blobs, places_.size()};
   args.offsets = work.tables.host_offsets;
   args.pairs = work.rows.host_pairs;
   args.scratch.data = work.rows.host_scratch;

@@ -79,8 +79,8 @@ class MoeExecutor {
   void send_normed(const Work& work);
   // The experts that are not in device memory. sent: normed rows are where the host lane reads them.
   void run_missing(const Work& work, bool sent);
-  // The next experts of the host's share.
-  void run_host_batch(const Work& work);
+  // The host's share.
+  void run_hosted(const Work& work);
   // Leases what the ring gives, feeds its copies, enqueues the experts whose copies are. False: nothing was enqueued.
   bool stream_some(const Work& work);
   void finish_streams(const Work& work);
@@ -104,9 +104,8 @@ class MoeExecutor {
   std::vector<Place> places_;      // [num_experts]
   std::vector<int32_t> counts_;    // [num_experts]: rows that chose each
   std::vector<int32_t> streamed_;  // experts to stream, from next_streamed_ on
-  std::vector<int32_t> hosted_;    // experts of the host, from next_hosted_ on
+  std::vector<int32_t> hosted_;    // experts of the host
   size_t next_streamed_ = 0;
-  size_t next_hosted_ = 0;
   std::vector<Lease> present_;
   std::vector<Lease> pending_;                   // leased, their copies not all enqueued
   std::vector<Lease> submitted_;                 // about to be enqueued
