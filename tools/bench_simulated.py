@@ -2,11 +2,10 @@
 """Simulated figures of the engine for docs/PERFORMANCE.md: runs `moed bench engine` on the machines of deploy/machines and
 prints Markdown tables. usage: bench_simulated.py [MOED]   (build/release/server/moed). Takes about three minutes."""
 
-import json
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from bench_engine import BesideLongPrompt, figures
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,10 +17,14 @@ BOUNDS = [
      "--clients 8 --prompt 32 --new 24"),
     ("copies: Mixtral, 8 layers, streamed, 4096 clients, two halves", "rtx5060ti", "--shape mixtral-8x7b --layers 8 "
      "--policy stream --halves 2 --clients 4096 --prompt 64 --new 64 --pass-rows-max 16384"),
-    ("copies or host: Qwen3-30B-A3B hot, 64 clients", "a40", "--shape qwen3-30b-a3b --device-memory-gib 16 --policy hot "
-     "--clients 64 --prompt 32 --new 24"),
-    ("copies and host: Mixtral, 4 layers, hot, 6 slots, 64 clients", "rtx4090", "--shape mixtral-8x7b --layers 4 --policy hot "
-     "--kv host --ring-slots 6 --clients 64 --prompt 16 --new 12"),
+    *((f"copies and host: {name} hot, 64 clients", machine, f"--shape {shape} --policy hot {memory} --clients 64 --prompt 32 "
+       "--new 24")
+      for name, shape, machine, memory in (
+          ("Mixtral", "mixtral-8x7b", "rtx4090", ""),
+          ("Mixtral", "mixtral-8x7b", "a40", "--device-memory-gib 16"),
+          ("Qwen3-30B-A3B", "qwen3-30b-a3b", "rtx4090", ""),
+          ("Qwen3-30B-A3B", "qwen3-30b-a3b", "rtx5060ti", ""),
+          ("Qwen3-30B-A3B", "qwen3-30b-a3b", "a40", "--device-memory-gib 16"))),
     ("device: Mixtral, 8 layers, streamed, 12288 clients", "rtx5060ti", "--shape mixtral-8x7b --layers 8 --policy stream "
      "--clients 12288 --prompt 4 --new 16 --pass-rows-max 12288"),
     ("device: Mixtral resident, 64 clients", "h200", "--shape mixtral-8x7b --policy device --kv device --clients 64 "
@@ -38,12 +41,14 @@ HALVES = ("h200", "--shape mixtral-8x7b --layers 8 --policy device --kv host --c
 # What a long prompt and eight decoders cost each other: with passes as large as the prompt, in which decoders take turns
 # with its layers, and in chunks in which they ride. Alone, both have the large passes.
 BESIDE = [
+    ("Mixtral streamed", "a40", "--shape mixtral-8x7b --device-memory-gib 16 --policy stream --kv host"),
+    ("Qwen3-30B-A3B streamed", "rtx4090", "--shape qwen3-30b-a3b --policy stream --kv host"),
     ("Mixtral resident", "h200", "--shape mixtral-8x7b --policy device --kv device"),
     ("Qwen3-30B-A3B resident", "h200", "--shape qwen3-30b-a3b --policy device --kv device"),
     ("Qwen3-30B-A3B hot", "rtx4090", "--shape qwen3-30b-a3b --policy hot --kv host"),
 ]
-BESIDE_ALONE = "--pass-rows-max 8192"
-BESIDE_SETTINGS = ("--pass-rows-max 640", *(f"--pass-rows-max 8192 --yield-layers {layers}" for layers in (1, 4, 16)))
+BESIDE_ALONE = "--pass-rows-max 8200"
+BESIDE_SETTINGS = ("--pass-rows-max 640", *(f"--pass-rows-max 8200 --yield-layers {layers}" for layers in (1, 4, 16)))
 # Experts that stay, against two slots without reuse, and against the same slots overwritten in turn.
 CACHE_FLAGS = "--shape qwen3-30b-a3b --layers 12 --policy hot --kv host --clients 16 --prompt 32 --new 48"
 CACHE_SLOTS = (16, 192, 768)
@@ -52,15 +57,9 @@ SLOTS = ("rtx4090", "--shape qwen3-30b-a3b --layers 12 --policy hot --kv host --
 
 
 def bench(moed, machine, flags):
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [moed, "bench", "engine", "--device", f"simulated:{ROOT}/deploy/machines/{machine}.toml", "--json",
-                   file.name, "--log-level", "error", *flags.split()]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            sys.exit(f"{' '.join(command)}\n{done.stderr}")
-        figures = json.load(file)
-    assert figures["simulated"]
-    return figures
+    result = figures(moed, f"simulated:{ROOT}/deploy/machines/{machine}.toml", flags)
+    assert result["simulated"]
+    return result
 
 
 def print_bounds(moed):
@@ -83,13 +82,10 @@ def print_beside(moed):
           "prefill, of its own alone |")
     print("|---|---|---|---|---|")
     for name, machine, flags in BESIDE:
-        alone = f"{flags} {BESIDE_ALONE}"
-        alone_ms = bench(moed, machine, f"{alone} --clients 1 --prompt 8192 --new 1")["first_token"]["mean_ms"]
-        decode_ms = bench(moed, machine, f"{alone} --clients 8 --prompt 64 --new 60")["token"]["mean_ms"]
+        beside = BesideLongPrompt(lambda more, machine=machine: bench(moed, machine, more), 8192, f"{flags} {BESIDE_ALONE}")
         for settings in BESIDE_SETTINGS:
-            both = bench(moed, machine, f"{flags} --clients 8 --prompt 64 --new 200 --long-prompt 8192 {settings}")
-            print(f"| {name} | {machine} | `{settings}` | {both['token_beside_long']['mean_ms'] / decode_ms:.2f}x | "
-                  f"{both['long_prompt_ms'] / alone_ms:.2f}x |", flush=True)
+            token, prompt = beside.slowdowns(f"{flags} {settings}")
+            print(f"| {name} | {machine} | `{settings}` | {token:.2f}x | {prompt:.2f}x |", flush=True)
 
 
 def print_slots(moed):

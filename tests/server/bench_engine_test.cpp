@@ -158,6 +158,22 @@ TEST(BenchEngine, ALongPromptCarriesTheOthers) {
   EXPECT_LE(both["token_beside_long"]["mean_ms"].get<double>(), 1.5 * decode["token"]["mean_ms"].get<double>());
 }
 
+// Where every pass streams the model, it takes as long as that, whoever rides.
+TEST(BenchEngine, ALongPromptAndOthersShareASweepOfTheLink) {
+  const auto run = [](std::vector<std::string> more) {
+    std::vector<std::string> args{"--shape", "mixtral-8x7b",    "--layers", "4", "--policy", "stream", "--ring-slots",
+                                  "6",       "--pass-rows-max", "4200"};
+    args.insert(args.end(), more.begin(), more.end());
+    return bench(args);
+  };
+  const Json prompt = run({"--clients", "1", "--prompt", "4096", "--new", "1"});
+  const Json decode = run({"--clients", "8", "--prompt", "64", "--new", "40"});
+  const Json both = run({"--clients", "8", "--prompt", "64", "--new", "60", "--long-prompt", "4096"});
+  ASSERT_TRUE(prompt.is_object() && decode.is_object() && both.is_object());
+  EXPECT_LE(both["long_prompt_ms"].get<double>(), 1.3 * prompt["first_token"]["mean_ms"].get<double>());
+  EXPECT_LE(both["token_beside_long"]["mean_ms"].get<double>(), 1.5 * decode["token"]["mean_ms"].get<double>());
+}
+
 TEST(BenchEngine, ALongPromptIsMeasuredBesideTheOthers) {
   const Json json = bench({"--shape", "olmoe-1b-7b", "--layers", "2", "--clients", "4", "--prompt", "16", "--new", "60",
                            "--long-prompt", "2000", "--policy", "device"});
