@@ -12,13 +12,18 @@ namespace {
 constexpr size_t kChunksMax = 4;
 constexpr size_t kChunkRowsMin = 8;
 
+SampleContext context_of(const StepSequence& sequence) {
+  return {sequence.tokens, sequence.num_prompt, *sequence.sampling, sequence.allowed};
+}
+
 }  // namespace
 
 EngineBytes Head::bytes(const ModelConfig& model, int32_t rows_max, bool device_is_host) {
   const int64_t rows = std::min(rows_max, kRowsMax);
   const int64_t logits = rows * model.vocab_size * int64_t{sizeof(float)};
   return {.device_bytes = rows * model.hidden_size * int64_t{sizeof(Bf16)} + logits,
-          .host_bytes = rows * int64_t{sizeof(int32_t)} + (device_is_host ? 0 : logits)};
+          .host_bytes = rows * int64_t{sizeof(int32_t)} +
+                        (device_is_host ? 0 : logits + rows * int64_t{sizeof(SampleRow) + sizeof(int32_t)})};
 }
 
 StatusOr<Head> Head::make(const ModelConfig& model, const DenseViews& weights, int32_t rows_max, Device& device,
@@ -41,6 +46,8 @@ StatusOr<Head> Head::make(const ModelConfig& model, const DenseViews& weights, i
   MOED_ASSIGN_OR_RETURN(head.logits_memory_, device.allocate(logits_bytes, Memory::kDevice));
   if (!device.is_host()) {
     MOED_ASSIGN_OR_RETURN(head.host_logits_, device.allocate(logits_bytes, Memory::kPinned));
+    MOED_ASSIGN_OR_RETURN(head.samples_memory_, device.allocate(rows * int64_t{sizeof(SampleRow)}, Memory::kMapped));
+    MOED_ASSIGN_OR_RETURN(head.tokens_memory_, device.allocate(rows * int64_t{sizeof(int32_t)}, Memory::kMapped));
   }
   return head;
 }
@@ -51,17 +58,21 @@ std::vector<SequenceOutput> Head::run(RunningPass& pass, HostLane& lane) {
   const std::span<const Task> tasks(tasks_);
   for (size_t begin = 0; begin < tasks.size(); begin += static_cast<size_t>(rows_max_)) {
     const auto block = tasks.subspan(begin, std::min(tasks.size() - begin, static_cast<size_t>(rows_max_)));
-    compute(pass, block);
+    const auto num_crossing = static_cast<size_t>(
+        std::count_if(block.begin(), block.end(), [](const Task& task) { return !task.on_device; }));
+    compute(pass, block, num_crossing);
     chosen_.resize(block.size());
-    const size_t rows = chunk_rows(block.size());
-    for (size_t first = 0; first < block.size(); first += rows) {
+    const size_t rows = chunk_rows(num_crossing);
+    for (size_t first = 0; first < num_crossing; first += rows) {
       lane.wait(*arrived_[first / rows], pass);
       pass.clock().mark(Lane::kDense);
       lane.pump();
-      choose(block, first, std::min(first + rows, block.size()));
+      choose(block, first, std::min(first + rows, num_crossing));
       lane.pump();
       pass.clock().mark(Lane::kSample);
     }
+    if (num_crossing == 0) lane.wait(*arrived_[0], pass);
+    read_tokens(block, num_crossing);
     take(block, outputs);
   }
   return outputs;
@@ -83,18 +94,21 @@ void Head::plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs) {
       tasks_.push_back({row_begin + row, outputs.size(), &sequence, sequence.tokens[next]});
     }
     if (sequence.sampling != nullptr) {
-      tasks_.push_back({row_begin + sequence.num_new - 1, outputs.size(), &sequence, -1});
+      tasks_.push_back({row_begin + sequence.num_new - 1, outputs.size(), &sequence, -1,
+                        !device_->is_host() && only_draws(context_of(sequence))});
     }
     SequenceOutput& output = outputs.emplace_back();
     output.id = sequence.id;
   }
+  // Scores of a prompt keep their order.
+  std::stable_partition(tasks_.begin(), tasks_.end(), [](const Task& task) { return !task.on_device; });
 }
 
-size_t Head::chunk_rows(size_t num_tasks) const {
-  return std::max(kChunkRowsMin, (num_tasks + arrived_.size() - 1) / arrived_.size());
+size_t Head::chunk_rows(size_t num_rows) const {
+  return std::max(kChunkRowsMin, (num_rows + arrived_.size() - 1) / arrived_.size());
 }
 
-void Head::compute(RunningPass& pass, std::span<const Task> tasks) {
+void Head::compute(RunningPass& pass, std::span<const Task> tasks, size_t num_crossing) {
   auto* rows = rows_memory_.as<int32_t>();
   device_->host_access(rows, static_cast<int64_t>(tasks.size() * sizeof(*rows)), Access::kWrite);
   for (size_t i = 0; i < tasks.size(); ++i) rows[i] = tasks[i].row;
@@ -104,9 +118,26 @@ void Head::compute(RunningPass& pass, std::span<const Task> tasks) {
   const RowViews all = pass.buffers().rows(0, pass_rows_max_);
   ops_->rms_norm(all.residual, {rows, tasks.size()}, weights_->final_norm, model_->rms_norm_eps, normed, *stream_);
   ops_->linear(normed, {weights_->head, nullptr, model_->hidden_size, model_->vocab_size}, false, block, *stream_);
-  const size_t rows_a_chunk = chunk_rows(tasks.size());
-  for (size_t first = 0; first < tasks.size(); first += rows_a_chunk) {
-    const size_t chunk = std::min(rows_a_chunk, tasks.size() - first);
+  if (num_crossing < tasks.size()) {
+    pass.clock().mark(Lane::kDense);
+    const auto begin = static_cast<int32_t>(num_crossing);
+    sample(tasks.subspan(num_crossing), block.slice(begin, num_rows - begin));
+    pass.clock().mark(Lane::kSample);
+  }
+  bring(block, num_crossing);
+}
+
+void Head::sample(std::span<const Task> tasks, Matrix<const float> block) {
+  auto* rows = samples_memory_.as<SampleRow>();
+  device_->host_access(rows, static_cast<int64_t>(tasks.size() * sizeof(*rows)), Access::kWrite);
+  for (size_t i = 0; i < tasks.size(); ++i) rows[i] = draw_of(context_of(*tasks[i].sequence));
+  ops_->sample({.logits = block, .rows = {rows, tasks.size()}, .tokens = tokens_memory_.as<int32_t>()}, *stream_);
+}
+
+void Head::bring(Matrix<const float> block, size_t num_crossing) {
+  const size_t rows_a_chunk = chunk_rows(num_crossing);
+  for (size_t first = 0; first < num_crossing; first += rows_a_chunk) {
+    const size_t chunk = std::min(rows_a_chunk, num_crossing - first);
     const size_t offset = first * static_cast<size_t>(model_->vocab_size);
     if (logits() != block.data) {
       stream_->copy(logits() + offset, block.data + offset,
@@ -114,6 +145,7 @@ void Head::compute(RunningPass& pass, std::span<const Task> tasks) {
     }
     stream_->record(*arrived_[first / rows_a_chunk]);
   }
+  if (num_crossing == 0) stream_->record(*arrived_[0]);
 }
 
 void Head::choose(std::span<const Task> tasks, size_t begin, size_t end) {
@@ -128,10 +160,21 @@ void Head::choose(std::span<const Task> tasks, size_t begin, size_t end) {
     if (tasks[i].score_of >= 0) {
       chosen_[i] = score_token(row, tasks[i].score_of, sequence.num_prompt_top, scratch);
     } else {
-      const SampleContext context{sequence.tokens, sequence.num_prompt, *sequence.sampling, sequence.allowed};
-      chosen_[i] = sample_token(row, context, scratch);
+      chosen_[i] = sample_token(row, context_of(sequence), scratch);
     }
   });
+}
+
+void Head::read_tokens(std::span<const Task> tasks, size_t num_crossing) {
+  if (num_crossing == tasks.size()) return;
+  const auto* tokens = tokens_memory_.as<int32_t>();
+  device_->host_access(tokens, static_cast<int64_t>((tasks.size() - num_crossing) * sizeof(*tokens)), Access::kRead);
+  for (size_t i = num_crossing; i < tasks.size(); ++i) {
+    const int32_t token = tokens[i - num_crossing];
+    MOED_CHECK(token >= 0 && token < model_->vocab_size)
+        << "logits hold a NaN or an infinity: broken weights or a broken kernel (sampled " << token << ")";
+    chosen_[i] = {.token = token};
+  }
 }
 
 void Head::take(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs) {

@@ -11,7 +11,8 @@
 namespace moed {
 
 // Final norm and head of the rows that need logits, some rows at a time so that memory stays bounded, and what is
-// chosen from them: the next token of each sequence that samples, and scores of prompt tokens. Rows are shared out
+// chosen from them: the next token of each sequence that samples, and scores of prompt tokens. A device with memory of
+// its own samples where its logits are; only rows that ask for more than a draw cross to the host. Those are shared out
 // among the host's compute threads; which thread takes one changes nothing. Serving thread only.
 class Head {
  public:
@@ -33,6 +34,7 @@ class Head {
     size_t output = 0;
     const StepSequence* sequence = nullptr;
     int32_t score_of = -1;
+    bool on_device = false;  // the op `sample` chooses
   };
   struct Ordered {
     const Member* member = nullptr;
@@ -42,12 +44,19 @@ class Head {
   Head() = default;
   float* logits() const { return (host_logits_.data() == nullptr ? logits_memory_ : host_logits_).as<float>(); }
   void plan(const RunningPass& pass, std::vector<SequenceOutput>& outputs);
-  void compute(RunningPass& pass, std::span<const Task> tasks);
+  // Logits of the tasks, those of the first num_crossing on their way to the host, tokens of the others chosen.
+  void compute(RunningPass& pass, std::span<const Task> tasks, size_t num_crossing);
+  // By the device, of logits in its memory.
+  void sample(std::span<const Task> tasks, Matrix<const float> block);
+  // The block's first rows over the link, in chunks, an event each; one event where there are none.
+  void bring(Matrix<const float> block, size_t num_crossing);
   // tasks[begin, end), whose logits are there.
   void choose(std::span<const Task> tasks, size_t begin, size_t end);
+  // What the device chose for tasks[num_crossing, ...).
+  void read_tokens(std::span<const Task> tasks, size_t num_crossing);
   void take(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs);
-  // Rows of a block of tasks that come over the link together, while the host chooses tokens of those before.
-  size_t chunk_rows(size_t num_tasks) const;
+  // How many of the rows that cross the link come together, while the host chooses tokens of those before.
+  size_t chunk_rows(size_t num_rows) const;
 
   const ModelConfig* model_ = nullptr;
   const DenseViews* weights_ = nullptr;
@@ -59,10 +68,13 @@ class Head {
   Buffer normed_memory_;                         // [kRowsMax, hidden] bf16
   Buffer logits_memory_;                         // [kRowsMax, vocab] fp32
   Buffer host_logits_;  // the same in pinned memory; empty where the device is the host, which reads the others
+  // Empty where the device is the host.
+  Buffer samples_memory_;  // [kRowsMax] SampleRow, mapped
+  Buffer tokens_memory_;   // [kRowsMax], mapped
   int32_t rows_max_ = 0;
   int32_t pass_rows_max_ = 0;
   std::vector<Ordered> members_;
-  std::vector<Task> tasks_;
+  std::vector<Task> tasks_;                // those of the host first
   std::vector<ScoredToken> chosen_;        // of a block of tasks
   std::vector<SamplerScratch> scratches_;  // one a host thread
 };

@@ -135,6 +135,7 @@ class HybridEngine : public Engine {
     limits.context_tokens = config_.max_model_len;
     limits.num_experts = model_.moe.num_experts;
     limits.choices = PassBuffers::choices_max(model_);
+    limits.vocab = model_.vocab_size;
     return limits;
   }
 

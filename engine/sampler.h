@@ -4,8 +4,8 @@
 #include <span>
 #include <vector>
 
-#include "engine/logits.h"
 #include "engine/step.h"
+#include "kernels/sampling.h"
 
 namespace moed {
 
@@ -21,10 +21,13 @@ struct SampleContext {
 struct SamplerScratch {
   std::vector<float> raw;       // logits before anything changed them
   std::vector<int32_t> counts;  // [vocab], all zero between calls
-  std::vector<double> block_sums;
-  std::vector<double> bin_masses;
-  std::vector<Candidate> candidates;
+  SamplingScratch sampling;
 };
+
+// Whether Ops::sample can choose the token: nothing changes the logits, and no log-probability is asked for.
+bool only_draws(const SampleContext& context);
+// What it needs to know then.
+SampleRow draw_of(const SampleContext& context);
 
 // Chooses a sequence's next token in the order that SamplingParams states, and scores it when num_logprobs >= 0.
 // `logits` are overwritten. The answer depends on the arguments alone. Details:
@@ -36,7 +39,6 @@ struct SamplerScratch {
 // masks.
 // - Ids outside the vocabulary are ignored.
 // A NaN or an infinite logit ends the process: the weights or a kernel are broken.
-inline constexpr float kTemperatureMin = 1e-5F;
 ScoredToken sample_token(std::span<float> logits, const SampleContext& context, SamplerScratch& scratch);
 
 // The log-probability of `token` under softmax(logits), and the best `num_top`.

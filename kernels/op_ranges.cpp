@@ -223,6 +223,13 @@ void visit(MoveCall& call, RangeVisitor& visitor) {
   name_rows(visitor, "to", Access::kWrite, call.to, call.from.rows);
 }
 
+void visit(Sample& call, RangeVisitor& visitor) {
+  const auto rows = static_cast<int64_t>(call.rows.size());
+  name_table(visitor, "sample rows", call.rows);
+  name_rows(visitor, "logits", Access::kRead, call.logits, rows);
+  name(visitor, "tokens", Access::kWrite, call.tokens, [&](auto&& run) { run(0, rows); });
+}
+
 void run(EmbedCall& call, Ops& ops, Stream& stream) { ops.embed(call.tokens, call.table, call.out, stream); }
 void run(RmsNormCall& call, Ops& ops, Stream& stream) {
   ops.rms_norm(call.x, call.rows, call.weight, call.eps, call.out, stream);
@@ -237,12 +244,13 @@ void run(Group& call, Ops& ops, Stream& stream) { ops.group(call, stream); }
 void run(ExpertFfn& call, Ops& ops, Stream& stream) { ops.expert_ffn(call, stream); }
 void run(Combine& call, Ops& ops, Stream& stream) { ops.combine(call, stream); }
 void run(MoveCall& call, Ops& ops, Stream& stream) { ops.move(call.from, call.to, stream); }
+void run(Sample& call, Ops& ops, Stream& stream) { ops.sample(call, stream); }
 
 }  // namespace
 
 const char* op_name(const OpCall& call) {
-  static constexpr const char* kNames[] = {"embed", "rms_norm", "linear",     "rope_append", "attention",
-                                           "route", "group",    "expert_ffn", "combine",     "move"};
+  static constexpr const char* kNames[] = {"embed", "rms_norm",   "linear",  "rope_append", "attention", "route",
+                                           "group", "expert_ffn", "combine", "move",        "sample"};
   static_assert(std::size(kNames) == std::variant_size_v<OpCall>);
   return kNames[call.index()];
 }
@@ -280,6 +288,8 @@ void QueuedOps::group(const Group& args, Stream& stream) { enqueue(args, stream)
 void QueuedOps::expert_ffn(const ExpertFfn& args, Stream& stream) { enqueue(args, stream); }
 
 void QueuedOps::combine(const Combine& args, Stream& stream) { enqueue(args, stream); }
+
+void QueuedOps::sample(const Sample& args, Stream& stream) { enqueue(args, stream); }
 
 void QueuedOps::move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) { enqueue(MoveCall{from, to}, stream); }
 

@@ -10,8 +10,8 @@
 namespace moed {
 
 // A call of each op as a value: what a device that runs behind the host keeps in its queues. RopeAppend, Attention,
-// Route, Group, ExpertFfn and Combine are their own. Tables (positions, spans, blobs...) stay where they are: ops.h
-// asks that mapped memory be left alone until the op has run.
+// Route, Group, ExpertFfn, Combine and Sample are their own. Tables (positions, spans, blobs...) stay where they are:
+// ops.h asks that mapped memory be left alone until the op has run.
 struct EmbedCall {
   std::span<const int32_t> tokens;
   Matrix<const Bf16> table;
@@ -34,8 +34,8 @@ struct MoveCall {
   Matrix<const Bf16> from;
   Matrix<Bf16> to;
 };
-using OpCall =
-    std::variant<EmbedCall, RmsNormCall, LinearCall, RopeAppend, Attention, Route, Group, ExpertFfn, Combine, MoveCall>;
+using OpCall = std::variant<EmbedCall, RmsNormCall, LinearCall, RopeAppend, Attention, Route, Group, ExpertFfn, Combine,
+                            MoveCall, Sample>;
 
 // "embed", "rms_norm"...
 const char* op_name(const OpCall& call);
@@ -71,6 +71,7 @@ class QueuedOps : public Ops {
   void group(const Group& args, Stream& stream) override;
   void expert_ffn(const ExpertFfn& args, Stream& stream) override;
   void combine(const Combine& args, Stream& stream) override;
+  void sample(const Sample& args, Stream& stream) override;
   void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) override;
 
  private:

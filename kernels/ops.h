@@ -150,6 +150,28 @@ struct Combine {
   std::span<const std::byte* const> host_blobs;  // table: [num_experts]; with host_y
 };
 
+// How a row's token is chosen. Candidates are a prefix of the tokens by descending logit, ties by ascending id: those
+// whose weight, exp((logit - largest) / temperature), is at least min_p; of them the best top_k; of those the shortest
+// prefix that holds the share top_p of their weights, and always one token.
+inline constexpr float kTemperatureMin = 1e-5F;
+struct SampleRow {
+  float temperature = 0.0F;  // below kTemperatureMin: the largest logit, ties to the lower id
+  int32_t top_k = 0;         // 0: all
+  float top_p = 1.0F;
+  float min_p = 0.0F;
+  double uniform = 0.0;  // in [0, 1): how far into the candidates' weights the token lies
+};
+
+// tokens[row]: where the sum of the candidates' weights passes `uniform` of all, in the order of the prefix when top_k
+// or top_p cuts, else in order of id. -1: a logit is NaN or +infinity, or a draw has nothing but -infinity. Weights are
+// fp32; how their sums are rounded is the device's, so that a draw within rounding of a token's edge may give its
+// neighbour.
+struct Sample {
+  Matrix<const float> logits;       // [rows, vocab]
+  std::span<const SampleRow> rows;  // table: [rows]
+  int32_t* tokens = nullptr;        // [rows], mapped
+};
+
 // The largest shapes any call will have: ops take their workspaces once, at start.
 struct OpLimits {
   int32_t rows = 0;
@@ -160,12 +182,13 @@ struct OpLimits {
   int32_t context_tokens = 0;
   int32_t num_experts = 0;
   int32_t choices = 1;
+  int32_t vocab = 0;
 };
 
 // The kernels of a device. Each call enqueues on `stream`; on the host device it has run when it returns. Pointers are
-// what the device can read; tables (tokens, positions, slots, spans, blobs) are written by the host in kMapped memory.
-// Nothing allocates after reserve(), but for what a library keeps of a weight shape when it first meets it with many
-// rows. Sums in fp32, inputs of products in bf16. Serving thread only.
+// what the device can read; tables (tokens, positions, slots, spans, blobs, sample rows) are written by the host in
+// kMapped memory. Nothing allocates after reserve(), but for what a library keeps of a weight shape when it first meets
+// it with many rows. Sums in fp32, inputs of products in bf16. Serving thread only.
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -185,6 +208,7 @@ class Ops {
   virtual void group(const Group& args, Stream& stream) = 0;
   virtual void expert_ffn(const ExpertFfn& args, Stream& stream) = 0;
   virtual void combine(const Combine& args, Stream& stream) = 0;
+  virtual void sample(const Sample& args, Stream& stream) = 0;
   // to = from, by a kernel: activations that cross between device and mapped memory, which must not queue behind the
   // packets of a copy engine.
   virtual void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) = 0;

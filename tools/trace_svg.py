@@ -14,7 +14,7 @@ LEGEND_HEIGHT = 30
 # Names that have a colour of their own, in the order of the legend; what is left is grey.
 COLOURS = {
     "copy": "#e69f00", "expert_ffn": "#0072b2", "attention": "#009e73", "linear": "#56b4e9", "rope_append": "#94c9a9",
-    "route": "#cc79a7", "group": "#b58fa8", "combine": "#7f9fc4", "move": "#f0c674", "rms_norm": "#b9c7d6",
+    "route": "#cc79a7", "group": "#b58fa8", "combine": "#7f9fc4", "move": "#f0c674", "sample": "#d4a373", "rms_norm": "#b9c7d6",
     "embed": "#d5c4a1", "host code": "#d55e00", "wait": "#eeeeee",
 }
 GREY = "#999999"

@@ -17,7 +17,8 @@ OpLimits larger(const OpLimits& a, const OpLimits& b) {
           .head_dim = std::max(a.head_dim, b.head_dim),
           .context_tokens = std::max(a.context_tokens, b.context_tokens),
           .num_experts = std::max(a.num_experts, b.num_experts),
-          .choices = std::max(a.choices, b.choices)};
+          .choices = std::max(a.choices, b.choices),
+          .vocab = std::max(a.vocab, b.vocab)};
 }
 
 }  // namespace
@@ -144,6 +145,11 @@ void CudaOps::expert_ffn(const ExpertFfn& args, Stream& stream) {
 void CudaOps::combine(const Combine& args, Stream& stream) {
   moed::cuda::combine(args, launch(stream));
   context_.check_launches("combine");
+}
+
+void CudaOps::sample(const Sample& args, Stream& stream) {
+  moed::cuda::sample(args, launch(stream));
+  context_.check_launches("sample");
 }
 
 void CudaOps::move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) {

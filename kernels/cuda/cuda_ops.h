@@ -31,6 +31,7 @@ class CudaOps final : public Ops {
   void group(const Group& args, Stream& stream) override;
   void expert_ffn(const ExpertFfn& args, Stream& stream) override;
   void combine(const Combine& args, Stream& stream) override;
+  void sample(const Sample& args, Stream& stream) override;
   void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) override;
   // The stream dies: its workspace is the next one's.
   void forget(const Stream& stream);

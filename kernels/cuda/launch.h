@@ -36,6 +36,7 @@ void route(const Route& args, const Launch& launch);
 void group(const Group& args, const Launch& launch);
 void expert_ffn(const ExpertFfn& args, const Launch& launch);
 void combine(const Combine& args, const Launch& launch);
+void sample(const Sample& args, const Launch& launch);
 void move(Matrix<const Bf16> from, Matrix<Bf16> to, const Launch& launch);
 
 }  // namespace moed::cuda

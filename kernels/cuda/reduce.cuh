@@ -12,7 +12,8 @@ __device__ inline int warp_of_thread() { return static_cast<int>(threadIdx.x) / 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Sum over the lanes, the same bits in each.
-__device__ inline float warp_sum(float x) {
+template <class T>
+__device__ inline T warp_sum(T x) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(kWarp, x, distance);
   return x;
 }
@@ -30,9 +31,10 @@ __device__ inline float block_sum(float x, float* partials) {
 }
 
 // Sum over the lanes up to and with one's own.
-__device__ inline int warp_inclusive_sum(int x) {
+template <class T>
+__device__ inline T warp_inclusive_sum(T x) {
   for (unsigned distance = 1; distance < kWarpSize; distance *= 2) {
-    const int below = __shfl_up_sync(kWarp, x, distance);
+    const T below = __shfl_up_sync(kWarp, x, distance);
     if (lane_of_thread() >= static_cast<int>(distance)) x += below;
   }
   return x;

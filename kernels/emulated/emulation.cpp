@@ -97,7 +97,7 @@ void Emulation::remove_stream(Queue& queue) {
 Status Emulation::reserve(const OpLimits& limits) {
   for (int32_t OpLimits::*const limit :
        {&OpLimits::rows, &OpLimits::hidden, &OpLimits::intermediate, &OpLimits::num_heads, &OpLimits::head_dim,
-        &OpLimits::context_tokens, &OpLimits::num_experts, &OpLimits::choices}) {
+        &OpLimits::context_tokens, &OpLimits::num_experts, &OpLimits::choices, &OpLimits::vocab}) {
     limits_.*limit = std::max(limits_.*limit, limits.*limit);
   }
   return host_->ops().reserve(limits_);

@@ -72,6 +72,7 @@ void HostOps::reserve_scratch(const OpLimits& limits) {
     scratch.row.resize(limits.head_dim);
     scratch.choice_scores.resize(limits.num_experts);
     scratch.group_scores.resize(limits.num_experts);
+    scratch.sampling.reserve(limits.vocab);
   }
   x_rows_.resize(pairs);
   scratch_rows_.resize(pairs);
@@ -339,6 +340,17 @@ void HostOps::combine(const Combine& args, Stream&) {
       const float* from = (on_host ? args.host_y : args.y).row(row * args.choices + choice);
       kernels_.add_scaled(from, weight, residual.cols, residual.row(row));
     }
+  });
+}
+
+void HostOps::sample(const Sample& args, Stream&) {
+  const auto rows = static_cast<int64_t>(args.rows.size());
+  MOED_CHECK(rows <= args.logits.rows && args.logits.cols <= limits_.vocab)
+      << "sample: " << rows << " rows, logits [" << args.logits.rows << ", " << args.logits.cols << "], reserved for "
+      << limits_.vocab;
+  for_rows(rows, args.logits.cols, [&](int64_t row, int thread) {
+    const std::span<const float> logits(args.logits.row(row), static_cast<size_t>(args.logits.cols));
+    args.tokens[row] = sample_logits(logits, args.rows[static_cast<size_t>(row)], scratch_[thread].sampling);
   });
 }
 

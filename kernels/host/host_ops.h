@@ -12,6 +12,7 @@
 #include "kernels/host/kernel_table.h"
 #include "kernels/host/onednn.h"
 #include "kernels/ops.h"
+#include "kernels/sampling.h"
 
 namespace moed {
 
@@ -38,6 +39,7 @@ class HostOps final : public Ops {
   void group(const Group& args, Stream& stream) override;
   void expert_ffn(const ExpertFfn& args, Stream& stream) override;
   void combine(const Combine& args, Stream& stream) override;
+  void sample(const Sample& args, Stream& stream) override;
   void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream& stream) override;
   // Device::on_host_work(); of linear() and expert_ffn(), which alone take long.
   void on_work(std::function<void()> tick) { tick_ = std::move(tick); }
@@ -105,6 +107,7 @@ class HostOps final : public Ops {
     std::vector<float> row;
     std::vector<float> choice_scores;
     std::vector<float> group_scores;
+    SamplingScratch sampling;
   };
 
   void reserve_scratch(const OpLimits& limits);

@@ -163,6 +163,13 @@ void count(const MoveCall& call, Counter& counter) {
   counter.writes(call.to.data, int64_t{call.from.rows} * call.to.cols);
 }
 
+void count(const Sample& call, Counter& counter) {
+  const auto rows = static_cast<int64_t>(call.rows.size());
+  counter.reads(call.rows.data(), rows);
+  counter.reads(call.logits.data, rows * call.logits.cols);
+  counter.writes(call.tokens, rows);
+}
+
 }  // namespace
 
 OpCost op_cost(const OpCall& call, FunctionRef<bool(const void*)> is_device, int64_t tile_rows) {

@@ -36,6 +36,7 @@ class Answers {
   void write(const OpCall& call, const SimulatedMemory& memory) {
     if (const auto* route = std::get_if<Route>(&call)) write_experts(*route);
     if (const auto* group = std::get_if<Group>(&call)) write_groups(*group);
+    if (const auto* sample = std::get_if<Sample>(&call)) write_tokens(*sample);
     const auto* linear = std::get_if<LinearCall>(&call);
     if (linear != nullptr && !memory.is_device(linear->y.data)) write_logits(linear->y);
   }
@@ -65,6 +66,18 @@ class Answers {
     const int64_t num_pairs = int64_t{experts.rows} * experts.cols;
     if (group.host_offsets != nullptr) std::copy_n(group.offsets, group.num_experts + 1, group.host_offsets);
     if (group.host_pairs != nullptr) std::copy_n(group.pairs, num_pairs, group.host_pairs);
+  }
+
+  // Of logits that are all equal, as those that cross to the host are.
+  static void write_tokens(const Sample& sample) {
+    for (size_t row = 0; row < sample.rows.size(); ++row) {
+      const SampleRow& one = sample.rows[row];
+      int32_t candidates = sample.logits.cols;
+      if (one.top_k > 0) candidates = std::min(candidates, one.top_k);
+      candidates =
+          std::max(1, static_cast<int32_t>(std::ceil(std::min(1.0F, one.top_p) * static_cast<float>(candidates))));
+      sample.tokens[row] = one.temperature < kTemperatureMin ? 0 : static_cast<int32_t>(one.uniform * candidates);
+    }
   }
 
   void write_logits(const Matrix<float>& logits) {

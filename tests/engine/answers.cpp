@@ -20,7 +20,7 @@ std::vector<Job> random_jobs(const ModelConfig& config, int count, uint64_t seed
     if (below(3) == 0) job.sampling.top_k = 12;
     if (below(3) == 0) job.sampling.repetition_penalty = 1.2F;
     if (below(3) == 0) job.sampling.frequency_penalty = 0.4F;
-    job.sampling.num_logprobs = below(4);
+    job.sampling.num_logprobs = below(4) - 1;
   }
   return jobs;
 }

@@ -80,6 +80,13 @@ TEST(Allocation, OpsTakeNothingAfterReserve) {
   std::vector<int32_t> group_pairs(200);
   group.offsets = group_offsets.data();
   group.pairs = group_pairs.data();
+  const std::vector<float> logits = random.floats(cases::limits_for(1).vocab);
+  const SampleRow sample_row{.temperature = 1.0F, .top_p = 0.9F, .uniform = 0.5};
+  int32_t token = 0;
+  Sample sample;
+  sample.logits = Matrix<const float>(logits.data(), 1, static_cast<int32_t>(logits.size()));
+  sample.rows = {&sample_row, 1};
+  sample.tokens = &token;
   const auto sliced = device->make_host_attention();
 
   const int64_t before = allocations.load();
@@ -88,6 +95,7 @@ TEST(Allocation, OpsTakeNothingAfterReserve) {
   ops.attention(attention, *stream);
   ops.route(route, *stream);
   ops.group(group, *stream);
+  ops.sample(sample, *stream);
   sliced->begin(attention);
   while (!sliced->done()) sliced->run(50.0);
   EXPECT_EQ(allocations.load(), before);
@@ -105,6 +113,7 @@ TEST(Allocation, WorkspacesOfLongContextsStayWithinTheBudget) {
   limits.context_tokens = 131072;
   limits.num_experts = 64;
   limits.choices = 8;
+  limits.vocab = 151936;
   const int64_t before = allocated_bytes.load();
   ASSERT_TRUE(device->ops().reserve(limits).ok());
   EXPECT_LT(allocated_bytes.load() - before, int64_t{128} << 20);

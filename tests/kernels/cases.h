@@ -138,6 +138,7 @@ inline OpLimits limits_for(int32_t rows, int32_t choices = 4) {
   limits.context_tokens = 4096;
   limits.num_experts = 256;
   limits.choices = choices;
+  limits.vocab = 151936;
   return limits;
 }
 

@@ -80,6 +80,8 @@ TEST_F(OpCosts, SimpleOpsMoveTheBytesThatTheyDeclare) {
     expect_conserved(
         LinearCall{matrix<const Bf16>(rows, cols), linear(cols, out), any(0, 1) == 1, matrix<float>(rows, out)});
     expect_conserved(MoveCall{matrix<const Bf16>(rows, cols), matrix<Bf16>(rows, cols)});
+    const std::vector<SampleRow> samples(rows);
+    expect_conserved(Sample{matrix<const float>(rows, cols), samples, somewhere<int32_t>()});
   }
 }
 

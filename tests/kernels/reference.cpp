@@ -215,6 +215,68 @@ Routed route(const Route& args) {
   return out;
 }
 
+namespace {
+
+// Where the sum of weights passes `target`, of tokens in the order given.
+Sampled walk(const std::vector<int32_t>& order, const std::vector<double>& weights, double target, double total) {
+  Sampled sampled{-1, 1.0};
+  double before = 0.0;
+  for (const int32_t token : order) {
+    if (weights[token] == 0.0) continue;
+    // The first and the last token have one edge.
+    if (before > 0.0) sampled.margin = std::min(sampled.margin, std::abs(target - before) / total);
+    if (target < before) break;
+    sampled.token = token;
+    before += weights[token];
+  }
+  return sampled;
+}
+
+}  // namespace
+
+Sampled sample(std::span<const float> logits, const SampleRow& row) {
+  for (const float x : logits) {
+    if (std::isnan(x) || x == INFINITY) return {-1, 1.0};
+  }
+  std::vector<int32_t> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return logits[a] > logits[b]; });
+  if (row.temperature < 1e-5F) return {order[0], 1.0};
+  const double peak = logits[order[0]];
+  if (std::isinf(peak)) return {-1, 1.0};
+  double margin = 1.0;
+  std::vector<double> weights;
+  for (const float x : logits) {
+    const double weight = std::exp((x - peak) / row.temperature);
+    weights.push_back(weight >= row.min_p ? weight : 0.0);
+    if (row.min_p > 0.0F && x != peak) margin = std::min(margin, std::abs(weight / row.min_p - 1.0));
+  }
+  const auto total_of = [&] {
+    double total = 0.0;
+    for (const int32_t token : order) total += weights[token];
+    return total;
+  };
+  const bool cut = row.top_p < 1.0F || (row.top_k > 0 && row.top_k < static_cast<int32_t>(logits.size()));
+  if (row.top_k > 0 && static_cast<size_t>(row.top_k) < order.size()) order.resize(row.top_k);
+  if (row.top_p < 1.0F) {
+    const double total = total_of();
+    const double wanted = row.top_p * total;
+    size_t kept = 0;
+    double before = 0.0;
+    double held = 0.0;
+    while (kept == 0 || held < wanted) {
+      before = held;
+      held += weights[order[kept++]];
+    }
+    margin = std::min({margin, kept == 1 ? 1.0 : (wanted - before) / total, (held - wanted) / total});
+    order.resize(kept);
+  }
+  if (!cut) std::iota(order.begin(), order.end(), 0);
+  const double total = total_of();
+  const Sampled drawn = walk(order, weights, row.uniform * total, total);
+  return {drawn.token, std::min(margin, drawn.margin)};
+}
+
 Checked ffn(const Bf16* x, const BlobView& weights) {
   const int32_t hidden = weights.shape.hidden;
   const int32_t intermediate = weights.shape.intermediate;

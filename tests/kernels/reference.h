@@ -46,6 +46,14 @@ struct Routed {
 };
 Routed route(const Route& args);
 
+// A row of `logits` sampled by a full sort. margin: how near the nearest decision was to going another way: a share of
+// the weights for draws and top_p, of a token's weight for min_p.
+struct Sampled {
+  int32_t token = 0;
+  double margin = 1.0;
+};
+Sampled sample(std::span<const float> logits, const SampleRow& row);
+
 // One row through one expert: [hidden].
 Checked ffn(const Bf16* x, const BlobView& weights);
 

@@ -45,6 +45,7 @@ class CudaOnHostOps final : public Ops {
   void group(const Group& args, Stream&) override { cuda::group(args, launch_); }
   void expert_ffn(const ExpertFfn& args, Stream&) override { cuda::expert_ffn(args, launch_); }
   void combine(const Combine& args, Stream&) override { cuda::combine(args, launch_); }
+  void sample(const Sample& args, Stream&) override { cuda::sample(args, launch_); }
   void move(Matrix<const Bf16> from, Matrix<Bf16> to, Stream&) override { cuda::move(from, to, launch_); }
 
  private:

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -72,6 +73,15 @@ T max(T a, T b) {
   return a < b ? b : a;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return std::bit_cast<float>(x); }
+// Lanes take turns only where they meet.
+inline unsigned atomicAdd(unsigned* to, unsigned x) {
+  const unsigned before = *to;
+  *to += x;
+  return before;
+}
 
 namespace moed::cuda {
 

@@ -153,6 +153,25 @@ std::string run_combine(Ops& ops, Stream& stream) {
   return all;
 }
 
+std::string run_sample(Ops& ops, Stream& stream) {
+  std::string all;
+  // Walks of one share of a warp and of several, and ranks that differ in each digit.
+  for (const int32_t vocab : {40, 3000}) {
+    Random random(vocab);
+    std::vector<float> logits = random.floats(int64_t{8} * vocab, 0.2F);
+    for (int32_t i = 0; i < 2 * vocab; ++i) logits[i] = 5.0F + static_cast<float>(i % 50) * 0x1p-20F;
+    std::vector<SampleRow> rows(8, SampleRow{.temperature = 1.0F});
+    for (int i = 0; i < 8; ++i) rows[i].uniform = 0.9 - 0.08 * i;
+    rows[0].top_p = rows[2].top_p = rows[3].top_p = 0.99F;
+    rows[1].top_k = rows[3].top_k = rows[4].top_k = vocab / 2;
+    rows[5].temperature = 0.0F;
+    std::vector<int32_t> tokens(8);
+    ops.sample({.logits = {logits.data(), 8, vocab}, .rows = rows, .tokens = tokens.data()}, stream);
+    append(all, tokens);
+  }
+  return all;
+}
+
 std::string run_attention(Ops& ops, Stream& stream) {
   std::string all;
   // Chunks apart, tiles of four warps, and more spans than the plan takes at once.
@@ -169,10 +188,10 @@ std::string run_attention(Ops& ops, Stream& stream) {
 }
 
 const std::vector<MutationCase>& mutation_cases() {
-  static const std::vector<MutationCase> all = {{"rms_norm", run_rms_norm}, {"linear", run_linear},
-                                                {"rope_append", run_rope},  {"route", run_route},
-                                                {"group", run_group},       {"expert_ffn", run_expert_ffn},
-                                                {"combine", run_combine},   {"attention", run_attention}};
+  static const std::vector<MutationCase> all = {
+      {"rms_norm", run_rms_norm}, {"linear", run_linear}, {"rope_append", run_rope},
+      {"route", run_route},       {"group", run_group},   {"expert_ffn", run_expert_ffn},
+      {"combine", run_combine},   {"sample", run_sample}, {"attention", run_attention}};
   return all;
 }
 
@@ -192,6 +211,7 @@ class MutationTest : public testing::TestWithParam<MutationCase> {
     limits.context_tokens = 512;
     limits.num_experts = 300;
     limits.choices = 3;
+    limits.vocab = 3000;
     return limits;
   }
   std::string run() { return GetParam().run(device_->ops(), *stream_); }

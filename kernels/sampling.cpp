@@ -1,4 +1,4 @@
-#include "engine/logits.h"
+#include "kernels/sampling.h"
 
 #include <algorithm>
 #include <bit>
@@ -19,6 +19,10 @@ float kept_if(bool condition, float x) {
 // Addends further down than this are 0: see exp_negative().
 constexpr float kFarthest = 87.5F;
 constexpr float kBinsPerUnit = static_cast<float>(kNumBins) / 88.0F;
+
+// Most distributions hold their mass in so many tokens.
+constexpr int32_t kFirstCandidates = 64;
+constexpr int32_t kReservedCandidates = 4096;
 
 bool better(const Candidate& a, const Candidate& b) {
   return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
@@ -186,6 +190,136 @@ void top_logits(std::span<const float> logits, int32_t count, std::vector<Candid
     best.resize(wanted);
   }
   std::sort(best.begin(), best.end(), better);
+}
+
+namespace {
+
+struct Weights {
+  float peak = 0.0F;
+  float inverse_temperature = 1.0F;
+  float weight_min = 0.0F;  // of the peak's weight, which is 1
+  float operator()(float logit) const {
+    const float weight = exp_negative((logit - peak) * inverse_temperature);
+    return weight < weight_min ? 0.0F : weight;
+  }
+};
+
+// No prefix is cut: walks the tokens in order of id.
+int32_t draw_any(std::span<const float> logits, const Weights& weights, double uniform, std::vector<double>& sums) {
+  double left = uniform * sum_weights(logits, weights.peak, weights.inverse_temperature, weights.weight_min, sums);
+  size_t block = 0;
+  while (block + 1 < sums.size() && left >= sums[block]) left -= sums[block++];
+  // Rounding may leave a remainder beyond the last block with any weight.
+  while (block > 0 && sums[block] == 0.0) --block;
+  const auto begin = static_cast<int32_t>(block) * kSumBlock;
+  const auto end = std::min(begin + kSumBlock, static_cast<int32_t>(logits.size()));
+  int32_t chosen = -1;
+  for (int32_t token = begin; token < end; ++token) {
+    const float weight = weights(logits[token]);
+    if (weight == 0.0F) continue;
+    chosen = token;
+    if (left < weight) break;
+    left -= weight;
+  }
+  return chosen;
+}
+
+// How many of the sorted candidates top_p keeps: the shortest prefix that holds its share of `total`; nothing when they
+// hold less.
+size_t prefix_of_mass(std::span<const Candidate> candidates, const Weights& weights, double mass) {
+  double held = 0.0;
+  for (size_t i = 0; i < candidates.size(); ++i) {
+    held += weights(candidates[i].logit);
+    if (held >= mass) return i + 1;
+  }
+  return 0;
+}
+
+// The token at which so much of the mass is passed; rounding may leave a remainder beyond the last.
+int32_t walk(std::span<const Candidate> candidates, const Weights& weights, double left) {
+  int32_t chosen = candidates.front().token;
+  for (const Candidate& candidate : candidates) {
+    const float weight = weights(candidate.logit);
+    if (weight == 0.0F) break;
+    chosen = candidate.token;
+    if (left < weight) break;
+    left -= weight;
+  }
+  return chosen;
+}
+
+int32_t draw_prefix(std::span<const Candidate> candidates, const Weights& weights, double uniform) {
+  double total = 0.0;
+  for (const Candidate& candidate : candidates) total += weights(candidate.logit);
+  return walk(candidates, weights, uniform * total);
+}
+
+// draw_prefix() of the shortest prefix that holds `mass`, of a distribution so wide that sorting it would be dear.
+int32_t draw_wide(std::span<const float> logits, const Weights& weights, double mass, double uniform,
+                  SamplingScratch& scratch) {
+  std::vector<double>& masses = scratch.bin_masses;
+  bin_weights(logits, weights.peak, weights.inverse_temperature, weights.weight_min, masses);
+  // The bin in which the prefix ends, and how much of it belongs.
+  double before = 0.0;
+  int32_t last = 0;
+  for (int32_t bin = 0; bin < kNumBins; ++bin) {
+    if (masses[bin] == 0.0) continue;
+    if (bin > 0) before += masses[last];
+    last = bin;
+    if (before + masses[bin] >= mass) break;
+  }
+  collect_bin(logits, weights.peak, weights.inverse_temperature, last, scratch.candidates);
+  const size_t kept = prefix_of_mass(scratch.candidates, weights, mass - before);
+  if (kept > 0) scratch.candidates.resize(kept);
+  double held = 0.0;
+  for (const Candidate& candidate : scratch.candidates) held += weights(candidate.logit);
+
+  double left = uniform * (before + held);
+  int32_t chosen = 0;
+  while (chosen < last && left >= masses[chosen]) left -= masses[chosen++];
+  if (chosen < last) collect_bin(logits, weights.peak, weights.inverse_temperature, chosen, scratch.candidates);
+  return walk(scratch.candidates, weights, left);
+}
+
+}  // namespace
+
+void SamplingScratch::reserve(int32_t vocab) {
+  block_sums.reserve((static_cast<size_t>(vocab) + kSumBlock - 1) / kSumBlock);
+  bin_masses.reserve(kNumBins);
+  candidates.reserve(std::min(vocab, kReservedCandidates));
+}
+
+int32_t draw_token(std::span<const float> logits, float peak, const SampleRow& row, SamplingScratch& scratch) {
+  if (peak == -kInfinity) return -1;
+  const auto vocab = static_cast<int32_t>(logits.size());
+  const Weights weights{peak, 1.0F / row.temperature, row.min_p};
+  const int32_t top_k = row.top_k > 0 && row.top_k < vocab ? row.top_k : vocab;
+  if (top_k == vocab && row.top_p >= 1.0F) return draw_any(logits, weights, row.uniform, scratch.block_sums);
+
+  std::vector<Candidate>& candidates = scratch.candidates;
+  double total = 0.0;
+  if (top_k < vocab) {
+    top_logits(logits, top_k, candidates);
+    for (const Candidate& candidate : candidates) total += weights(candidate.logit);
+    if (row.top_p >= 1.0F) return draw_prefix(candidates, weights, row.uniform);
+  } else {
+    total = sum_weights(logits, peak, weights.inverse_temperature, weights.weight_min, scratch.block_sums);
+    top_logits(logits, std::min(kFirstCandidates, vocab), candidates);
+  }
+  // Most distributions hold their mass in few tokens.
+  const double mass = row.top_p * total;
+  size_t kept = prefix_of_mass(candidates, weights, mass);
+  if (kept == 0 && top_k == vocab && vocab > kFirstCandidates)
+    return draw_wide(logits, weights, mass, row.uniform, scratch);
+  if (kept == 0) kept = candidates.size();
+  return draw_prefix(std::span(candidates).first(kept), weights, row.uniform);
+}
+
+int32_t sample_logits(std::span<const float> logits, const SampleRow& row, SamplingScratch& scratch) {
+  const LogitsPeak peak = logits_peak(logits);
+  if (peak.has_nan || !(peak.logit < kInfinity)) return -1;
+  if (row.temperature < kTemperatureMin) return peak.token;
+  return draw_token(logits, peak.logit, row, scratch);
 }
 
 }  // namespace moed
