@@ -27,7 +27,6 @@ namespace moed {
 namespace {
 
 constexpr int kPumpThreads = 2;       // make messages of what generations have ready
-constexpr int kStreamsMax = 1024;     // calls at once on one connection
 constexpr int kKeepaliveMs = 20'000;  // a dead client is seen after about two of these
 constexpr int kPortTries = 4;         // to find one that is free on both loopback addresses
 
@@ -382,7 +381,7 @@ bool GrpcServer::State::listen(const Settings::Limits& limits, const std::string
   quota.Resize(static_cast<size_t>(limits.reading_bytes_max));
   builder.SetResourceQuota(quota);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsMax);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, static_cast<int>(limits.grpc_calls_max));
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveMs);
   server = builder.BuildAndStart();
