@@ -412,6 +412,9 @@ def test_tokenize_and_back(fake):
     assert answer["tokens"] == [260, 32, 97, 98, 99] and answer["count"] == 5 and answer["max_model_len"] == 1024
     back = requests.post(fake.url + "/detokenize", json={"tokens": answer["tokens"]}, timeout=10).json()
     assert back["prompt"] == "hello abc"
+    for token in (-1, 261, 2**40):
+        refused = requests.post(fake.url + "/detokenize", json={"tokens": [97, token]}, timeout=10)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "tokens", refused.text
 
 
 def test_drain_lets_streams_end(start_fake):
