@@ -251,11 +251,11 @@ def test_wrong_protocols(fake):
     for port in (fake.http_port, fake.grpc_port):
         for noise in (http2, tls, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 64):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                connection.sendall(noise)
-                connection.shutdown(socket.SHUT_WR)
                 try:
+                    connection.sendall(noise)
+                    connection.shutdown(socket.SHUT_WR)
                     connection.recv(65536)
-                except ConnectionResetError:
+                except OSError:  # closed or reset at any of these, as quick as the door was
                     pass
     assert_unharmed(fake)
 

@@ -349,6 +349,21 @@ def settle(daemon, files_max):
     return rss_mib(daemon)
 
 
+def crowd_out(daemon):
+    """Where the machine is so slow that none of the crowd grew far: a few that stay until one of them had to make room."""
+    body = {"prompt": [5], "n": 4, "max_tokens": CONTEXT_TOKENS - 10, "ignore_eos": True, "stream": True}
+    held = []
+    end = time.monotonic() + 240
+    while metric(daemon, "vllm:num_preemptions_total") == 0:
+        assert time.monotonic() < end, "nothing was preempted"
+        if len(held) < 3:
+            held.append(requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=240))
+            assert held[-1].status_code == 200, held[-1].text
+        time.sleep(0.1)
+    for answer in held:
+        answer.close()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_chaos(device, moed_pb):
     seconds = float(os.environ.get("MOED_CHAOS_SECONDS", "60"))
@@ -366,6 +381,7 @@ def test_chaos(device, moed_pb):
         held_mib.append(settle(daemon, files_max))
     print(f"seed {SEED}, {device}: MiB held {held_mib}, met {sorted(crowd.met.items(), key=str)}")
     assert not crowd.faults, crowd.faults
+    crowd_out(daemon)
     assert [doors.http(question) for question in QUESTIONS] == expected
     settle(daemon, files_max)
     assert all(crowd.met["honest answered", way] > 0 for way in doors.ways), crowd.met
@@ -375,7 +391,6 @@ def test_chaos(device, moed_pb):
     codes = {code for door, code in crowd.met if door == "gRPC"}
     allowed = {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
     assert {code.name for code in codes} <= allowed, crowd.met
-    assert metric(daemon, "vllm:num_preemptions_total") > 0, "nothing was preempted: the crowd is too small"
     doors.close()
     assert daemon.stop() == 0, daemon.log[-5000:]
 
