@@ -225,9 +225,8 @@ std::shared_ptr<Generation> Daemon::start(GenerationParams params, std::function
   ++num_preparing_;
   std::shared_ptr<void> preparing(nullptr, [this](void*) { --num_preparing_; });
   const bool ready = loaded != nullptr && state_ == ServerState::kReady;
-  auto generation =
-      std::make_shared<GenerationImpl>(params.request_id, now_us(), ready ? loaded->tokenizer.get() : nullptr,
-                                       ready ? loaded->loop.get() : nullptr, std::move(wake));
+  auto generation = std::make_shared<GenerationImpl>(now_us(), ready ? loaded->tokenizer.get() : nullptr,
+                                                     ready ? loaded->loop.get() : nullptr, std::move(wake));
   Status status = ready ? check_model(params.model) : unavailable();
   if (!status.ok()) {
     generation->refuse(std::move(status));

@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "base/clock.h"
-#include "base/log.h"
-
 namespace moed {
 namespace {
 
@@ -14,19 +11,12 @@ constexpr size_t kPromptTailTokens = 8;
 
 }  // namespace
 
-GenerationImpl::GenerationImpl(std::string request_id, int64_t arrival_us, const Tokenizer* tokenizer,
-                               ServingLoop* loop, std::function<void()> wake)
-    : request_id_(std::move(request_id)),
-      arrival_us_(arrival_us),
-      tokenizer_(tokenizer),
-      loop_(loop),
-      wake_(std::move(wake)) {}
+GenerationImpl::GenerationImpl(int64_t arrival_us, const Tokenizer* tokenizer, ServingLoop* loop,
+                               std::function<void()> wake)
+    : arrival_us_(arrival_us), tokenizer_(tokenizer), loop_(loop), wake_(std::move(wake)) {}
 
 GenerationImpl::~GenerationImpl() {
-  if (phase_ == Phase::kPreparing || phase_ == Phase::kRunning) {
-    cancel();
-    log_end("cancelled");
-  }
+  if (phase_ == Phase::kPreparing || phase_ == Phase::kRunning) cancel();
 }
 
 void GenerationImpl::refuse(Status status) {
@@ -111,10 +101,7 @@ Generation::Update GenerationImpl::poll() {
       }
     }
   }
-  if (phase_ == Phase::kRunning && open_choices_ == 0) {
-    phase_ = Phase::kDone;
-    log_end("done");
-  }
+  if (phase_ == Phase::kRunning && open_choices_ == 0) phase_ = Phase::kDone;
   update.phase = phase_;
   return update;
 }
@@ -126,10 +113,7 @@ void GenerationImpl::await_prepared(Update& update) {
     prepared = std::move(prepared_);
     update.status = refusal_;
   }
-  if (!update.status.ok()) {
-    phase_ = Phase::kRefused;
-    log_end("refused");
-  }
+  if (!update.status.ok()) phase_ = Phase::kRefused;
   if (prepared != nullptr) take_over(std::move(*prepared));
 }
 
@@ -166,7 +150,6 @@ Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::v
   const size_t choice = prompt * valid_.requests[prompt].n + event.choice;
   ChoiceText& text = choices_[choice];
   if (text.finished()) return Status();
-  if (first_token_us_ == 0) first_token_us_ = now_us();
   // The prompt's scores come once a request, and are shown with each of its choices.
   if (!event.prompt_scores.empty()) {
     for (const ScoredToken& token : event.prompt_scores) {
@@ -209,16 +192,7 @@ void GenerationImpl::add_prompt(size_t prompt, Delta& delta) const {
 void GenerationImpl::fail(Status status, Phase phase, Update& update) {
   phase_ = phase;
   cancel();
-  log_end(phase == Phase::kRefused ? "refused" : "failed");
   update.status = std::move(status);
-}
-
-void GenerationImpl::log_end(const char* outcome) const {
-  const int64_t now = now_us();
-  const int64_t first = first_token_us_ == 0 ? now : first_token_us_;
-  spdlog::info("request id={} outcome={} prompt_tokens={} cached_tokens={} completion_tokens={} ttft_ms={} total_ms={}",
-               request_id_, outcome, usage_.prompt_tokens, usage_.cached_tokens, usage_.completion_tokens,
-               (first - arrival_us_) / 1000, (now - arrival_us_) / 1000);
 }
 
 }  // namespace moed

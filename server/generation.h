@@ -19,8 +19,7 @@ namespace moed {
 // loop outlive it.
 class GenerationImpl final : public Generation {
  public:
-  GenerationImpl(std::string request_id, int64_t arrival_us, const Tokenizer* tokenizer, ServingLoop* loop,
-                 std::function<void()> wake);
+  GenerationImpl(int64_t arrival_us, const Tokenizer* tokenizer, ServingLoop* loop, std::function<void()> wake);
   ~GenerationImpl() override;
 
   // Text pool, at most one of them, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs.
@@ -50,9 +49,7 @@ class GenerationImpl final : public Generation {
   void add_prompt(size_t prompt, Delta& delta) const;
   bool has_open_choice(size_t prompt) const;
   void fail(Status status, Phase phase, Update& update);
-  void log_end(const char* outcome) const;
 
-  const std::string request_id_;
   const int64_t arrival_us_;
   const Tokenizer* const tokenizer_;
   ServingLoop* const loop_;
@@ -73,7 +70,6 @@ class GenerationImpl final : public Generation {
   std::vector<bool> begun_;                              // a choice
   std::vector<std::vector<TokenText>> prompt_tokens_;    // a prompt, when scores are returned
   int32_t open_choices_ = 0;
-  int64_t first_token_us_ = 0;
   Usage usage_;
 };
 

@@ -12,6 +12,8 @@ namespace moed {
 // Messages of proto/moed.proto to and from the doors' seam. Pure.
 
 grpc::Status to_grpc(const Status& status);
+// "RESOURCE_EXHAUSTED", of those that to_grpc gives; else "UNKNOWN".
+const char* code_name(grpc::StatusCode code);
 
 // kInvalidArgument names the field.
 StatusOr<GenerationParams> to_params(const v1::ChatCompletionRequest& request, int64_t json_depth_max);

@@ -21,13 +21,13 @@
 #include "base/log.h"
 #include "moed.grpc.pb.h"
 #include "server/grpc_convert.h"
+#include "server/request_log.h"
 
 namespace moed {
 
 namespace {
 
 constexpr int kPumpThreads = 2;       // make messages of what generations have ready
-constexpr int kStreamsMax = 1024;     // calls at once on one connection
 constexpr int kKeepaliveMs = 20'000;  // a dead client is seen after about two of these
 constexpr int kPortTries = 4;         // to find one that is free on both loopback addresses
 
@@ -66,21 +66,61 @@ AnswerShape shape_of(const GenerationParams& params, const Service& service) {
   return shape;
 }
 
+// What the log says of a call when it ends.
+struct CallLine {
+  const char* method;
+  std::string id = {};
+  bool probed = false;  // asked every few seconds
+  int64_t begin_us = now_us();
+
+  void write(grpc::StatusCode code, std::string_view notes) const {
+    log_request({.id = id,
+                 .method = "gRPC",
+                 .path = std::string("/moed.v1.Inference/") + method,
+                 .status = code_name(code),
+                 .us = now_us() - begin_us,
+                 .notes = notes},
+                probed && code == grpc::StatusCode::OK);
+  }
+};
+
+// Messages are parsed here and not by the library, which would answer UNIMPLEMENTED to bytes that are none.
+template <class M>
+StatusOr<M> parse(const grpc::ByteBuffer& bytes) {
+  grpc::ByteBuffer consumed = bytes;  // the slices are shared
+  M message;
+  if (grpc::SerializationTraits<M>::Deserialize(&consumed, &message).ok()) return message;
+  return invalid_argument("the request is no message of type " + M::descriptor()->full_name());
+}
+
+template <class M>
+grpc::Status serialize(const M& message, grpc::ByteBuffer& bytes) {
+  bool owned = false;
+  return grpc::SerializationTraits<M>::Serialize(message, &bytes, &owned);
+}
+
+// What a call asks for, and the id by which the log knows it.
+struct Asked {
+  std::string id;
+  StatusOr<GenerationParams> params;
+};
+
 // One call that generates. A gRPC reactor lives until OnDone, a generation's wake may come later: so the call owns
 // itself until OnDone, and all else that reaches it holds a share. Its state belongs to its strand.
 class Call : public std::enable_shared_from_this<Call> {
  public:
-  Call(std::shared_ptr<Pool> pool, const char* method)
-      : pool_(std::move(pool)), strand_(boost::asio::make_strand(*pool_)), method_(method) {}
+  Call(std::shared_ptr<Pool> pool, const char* method, bool streams)
+      : pool_(std::move(pool)), strand_(boost::asio::make_strand(*pool_)), line_{.method = method}, streams_(streams) {}
   virtual ~Call() = default;
 
-  void start(Service& service, StatusOr<GenerationParams> params) {
+  void start(Service& service, Asked asked) {
     self_ = shared_from_this();
-    if (!params.ok()) return end(params.status());
-    if (const Status known = service.check_model(params->model); !known.ok()) return end(known);
-    shape_ = shape_of(*params, service);
+    line_.id = std::move(asked.id);
+    if (!asked.params.ok()) return refuse(asked.params.status());
+    if (const Status known = service.check_model(asked.params->model); !known.ok()) return refuse(known);
+    shape_ = shape_of(*asked.params, service);
     // Under way on the strand: wakes wait behind it, so generation_ is set when the first is seen.
-    post([this, &service, wanted = std::make_shared<GenerationParams>(std::move(params).value())] {
+    post([this, &service, wanted = std::make_shared<GenerationParams>(std::move(asked.params).value())] {
       if (ended_) return;
       generation_ = service.start(std::move(*wanted), [weak = weak_from_this()] {
         if (const auto call = weak.lock()) call->post([raw = call.get()] { raw->advance(); });
@@ -103,9 +143,13 @@ class Call : public std::enable_shared_from_this<Call> {
   void done() {
     post([this] {
       const Usage usage = generation_ ? generation_->usage() : Usage();
-      spdlog::debug("request id={} grpc={} status={} prompt_tokens={} completion_tokens={} ms={}", shape_.id, method_,
-                    static_cast<int>(status_.error_code()), usage.prompt_tokens, usage.completion_tokens,
-                    (now_us() - begin_us_) / 1000);
+      line_.write(status_.error_code(), notes_of({.outcome = outcome_,
+                                                  .field = refused_field_,
+                                                  .stream = streams_,
+                                                  .prompt_tokens = usage.prompt_tokens,
+                                                  .cached_tokens = usage.cached_tokens,
+                                                  .completion_tokens = usage.completion_tokens,
+                                                  .first_token_us = first_token_us_}));
       generation_.reset();
       self_.reset();
     });
@@ -116,28 +160,51 @@ class Call : public std::enable_shared_from_this<Call> {
     status_ = std::move(status);
     advance();
   }
-  void end(const Status& status) {
-    post([this, answer = to_grpc(status)] { stop(answer); });
+  // What is new of the generation; its end becomes the call's.
+  Generation::Update poll() {
+    Generation::Update update = generation_->poll();
+    if (first_token_us_ == 0 && !update.deltas.empty()) {
+      first_token_us_ = std::max<int64_t>(1, now_us() - line_.begin_us);
+    }
+    if (update.phase == Generation::Phase::kDone) {
+      outcome_ = "done";
+      ended_ = true;
+    } else if (update.phase == Generation::Phase::kRefused || update.phase == Generation::Phase::kFailed) {
+      outcome_ = update.phase == Generation::Phase::kRefused ? "refused" : "failed";
+      refused_field_ = update.status.param();
+      status_ = to_grpc(update.status);
+      ended_ = true;
+    }
+    return update;
   }
   virtual void advance() = 0;
 
   const std::shared_ptr<Pool> pool_;
   Strand strand_;
-  const char* const method_;
   AnswerShape shape_;
   std::shared_ptr<Generation> generation_;
   bool ended_ = false;  // nothing more will be made: status_ is the outcome
   grpc::Status status_;
 
  private:
+  void refuse(const Status& status) {
+    outcome_ = "refused";
+    refused_field_ = status.param();
+    post([this, answer = to_grpc(status)] { stop(answer); });
+  }
+
   std::shared_ptr<Call> self_;
-  const int64_t begin_us_ = now_us();
+  CallLine line_;
+  const bool streams_;
+  const char* outcome_ = GenerationNotes().outcome;
+  std::string refused_field_;
+  int64_t first_token_us_ = 0;
 };
 
 template <class Chunk>
-class StreamCall final : public Call, public grpc::ServerWriteReactor<Chunk> {
+class StreamCall final : public Call, public grpc::ServerWriteReactor<grpc::ByteBuffer> {
  public:
-  using Call::Call;
+  StreamCall(std::shared_ptr<Pool> pool, const char* method) : Call(std::move(pool), method, true) {}
 
  private:
   void OnWriteDone(bool ok) override {
@@ -155,35 +222,36 @@ class StreamCall final : public Call, public grpc::ServerWriteReactor<Chunk> {
 
   void advance() override {
     if (writing_ || finished_) return;
-    if (ready_.empty() && !ended_ && generation_) take(generation_->poll());
+    if (ready_.empty() && !ended_ && generation_) take(poll());
     if (status_.error_code() == grpc::StatusCode::CANCELLED) ready_.clear();
     if (!ready_.empty()) {
       current_ = std::move(ready_.front());
       ready_.pop_front();
       writing_ = true;
-      this->StartWrite(&current_);
+      StartWrite(&current_);
     } else if (ended_) {
       finished_ = true;
-      this->Finish(status_);
+      Finish(status_);
     }
   }
 
   void take(const Generation::Update& update) {
     for (const Delta& delta : update.deltas) {
       Chunk chunk;
-      if (make_chunk(delta, shape_, begun_.insert(delta.choice).second, chunk)) ready_.push_back(std::move(chunk));
+      if (make_chunk(delta, shape_, begun_.insert(delta.choice).second, chunk)) add(chunk);
     }
-    if (update.phase == Generation::Phase::kDone) {
-      make_last(generation_->usage(), shape_, ready_.emplace_back());
-      ended_ = true;
-    } else if (update.phase == Generation::Phase::kRefused || update.phase == Generation::Phase::kFailed) {
-      status_ = to_grpc(update.status);
-      ended_ = true;
-    }
+    if (update.phase != Generation::Phase::kDone) return;
+    Chunk last;
+    make_last(generation_->usage(), shape_, last);
+    add(last);
+  }
+  void add(const Chunk& chunk) {
+    const grpc::Status made = serialize(chunk, ready_.emplace_back());
+    MOED_CHECK(made.ok()) << made.error_message();  // a piece of 2 GB
   }
 
-  std::deque<Chunk> ready_;
-  Chunk current_;
+  std::deque<grpc::ByteBuffer> ready_;
+  grpc::ByteBuffer current_;
   std::set<int32_t> begun_;
   bool writing_ = false;
   bool finished_ = false;
@@ -191,8 +259,8 @@ class StreamCall final : public Call, public grpc::ServerWriteReactor<Chunk> {
 
 class ChatCall final : public Call, public grpc::ServerUnaryReactor {
  public:
-  ChatCall(std::shared_ptr<Pool> pool, const char* method, v1::ChatCompletionResponse* response)
-      : Call(std::move(pool), method), response_(response) {}
+  ChatCall(std::shared_ptr<Pool> pool, const char* method, grpc::ByteBuffer* bytes)
+      : Call(std::move(pool), method, false), bytes_(bytes) {}
 
  private:
   void OnCancel() override { cancel(); }
@@ -201,17 +269,14 @@ class ChatCall final : public Call, public grpc::ServerUnaryReactor {
   void advance() override {
     if (finished_) return;
     if (!ended_ && generation_) {
-      const Generation::Update update = generation_->poll();
-      for (const Delta& delta : update.deltas) add_delta(delta, shape_, *response_);
+      const Generation::Update update = poll();
+      for (const Delta& delta : update.deltas) add_delta(delta, shape_, response_);
       if (update.phase == Generation::Phase::kDone) {
-        response_->set_id(shape_.id);
-        response_->set_created(shape_.created_s);
-        response_->set_model(shape_.model);
-        fill_usage(generation_->usage(), response_->mutable_usage());
-        ended_ = true;
-      } else if (update.phase == Generation::Phase::kRefused || update.phase == Generation::Phase::kFailed) {
-        status_ = to_grpc(update.status);
-        ended_ = true;
+        response_.set_id(shape_.id);
+        response_.set_created(shape_.created_s);
+        response_.set_model(shape_.model);
+        fill_usage(generation_->usage(), response_.mutable_usage());
+        status_ = serialize(response_, *bytes_);
       }
     }
     if (!ended_) return;
@@ -219,7 +284,8 @@ class ChatCall final : public Call, public grpc::ServerUnaryReactor {
     Finish(status_);
   }
 
-  v1::ChatCompletionResponse* const response_;
+  grpc::ByteBuffer* const bytes_;
+  v1::ChatCompletionResponse response_;
   bool finished_ = false;
 };
 
@@ -235,7 +301,15 @@ const char* state_name(ServerState state) {
   return "";
 }
 
-class InferenceService final : public v1::Inference::CallbackService {
+using RawChats =
+    v1::Inference::WithRawCallbackMethod_ChatCompletion<v1::Inference::WithRawCallbackMethod_StreamChatCompletion<
+        v1::Inference::WithRawCallbackMethod_Generate<v1::Inference::Service>>>;
+using RawTexts =
+    v1::Inference::WithRawCallbackMethod_Tokenize<v1::Inference::WithRawCallbackMethod_Detokenize<RawChats>>;
+using RawInference = v1::Inference::WithRawCallbackMethod_GetModelInfo<
+    v1::Inference::WithRawCallbackMethod_GetServerInfo<v1::Inference::WithRawCallbackMethod_GetLoads<RawTexts>>>;
+
+class InferenceService final : public RawInference {
  public:
   InferenceService(moed::Service& service,  // the base has a Service of its own
                    const Settings::Limits& limits)
@@ -244,82 +318,91 @@ class InferenceService final : public v1::Inference::CallbackService {
 
  private:
   using Context = grpc::CallbackServerContext;
+  using Bytes = grpc::ByteBuffer;
 
-  grpc::ServerUnaryReactor* ChatCompletion(Context* context, const v1::ChatCompletionRequest* request,
-                                           v1::ChatCompletionResponse* response) override {
+  grpc::ServerUnaryReactor* ChatCompletion(Context* context, const Bytes* request, Bytes* response) override {
     const auto call = std::make_shared<ChatCall>(pool_, "ChatCompletion", response);
-    call->start(service_, admit_generation(*context, [&] { return to_params(*request, limits_.json_depth_max); }));
+    call->start(service_, ask<v1::ChatCompletionRequest>(*context, *request, [&](const auto& message) {
+                  return to_params(message, limits_.json_depth_max);
+                }));
     return call.get();
   }
-  grpc::ServerWriteReactor<v1::ChatCompletionChunk>* StreamChatCompletion(
-      Context* context, const v1::ChatCompletionRequest* request) override {
+  grpc::ServerWriteReactor<Bytes>* StreamChatCompletion(Context* context, const Bytes* request) override {
     const auto call = std::make_shared<StreamCall<v1::ChatCompletionChunk>>(pool_, "StreamChatCompletion");
-    call->start(service_, admit_generation(*context, [&] { return to_params(*request, limits_.json_depth_max); }));
+    call->start(service_, ask<v1::ChatCompletionRequest>(*context, *request, [&](const auto& message) {
+                  return to_params(message, limits_.json_depth_max);
+                }));
     return call.get();
   }
-  grpc::ServerWriteReactor<v1::GenerateChunk>* Generate(Context* context, const v1::GenerateRequest* request) override {
+  grpc::ServerWriteReactor<Bytes>* Generate(Context* context, const Bytes* request) override {
     const auto call = std::make_shared<StreamCall<v1::GenerateChunk>>(pool_, "Generate");
-    call->start(service_, admit_generation(*context, [&] { return to_params(*request); }));
+    call->start(service_,
+                ask<v1::GenerateRequest>(*context, *request, [](const auto& message) { return to_params(message); }));
     return call.get();
   }
 
-  grpc::ServerUnaryReactor* Tokenize(Context* context, const v1::TokenizeRequest* request,
-                                     v1::TokenizeResponse* response) override {
+  grpc::ServerUnaryReactor* Tokenize(Context* context, const Bytes* request, Bytes* response) override {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    auto params = admit(*context, [&] { return to_params(*request); });
-    if (!params.ok()) {
-      reactor->Finish(to_grpc(params.status()));
-      return reactor;
-    }
+    const CallLine line{.method = "Tokenize", .id = fresh_id()};
+    auto params =
+        admit<v1::TokenizeRequest>(*context, *request, [](const auto& message) { return to_params(message); });
+    if (!params.ok()) return finish(reactor, line, params.status());
     params->abandoned = [context] { return context->IsCancelled(); };
-    service_.tokenize(std::move(params).value(), [reactor, response](StatusOr<TokenizeResult> result) {
-      if (!result.ok()) return reactor->Finish(to_grpc(result.status()));
-      response->mutable_token_ids()->Assign(result->tokens.begin(), result->tokens.end());
-      response->set_max_model_len(result->max_model_len);
-      reactor->Finish(grpc::Status::OK);
+    service_.tokenize(std::move(params).value(), [reactor, response, line](StatusOr<TokenizeResult> result) {
+      if (!result.ok()) return (void)finish(reactor, line, result.status());
+      v1::TokenizeResponse message;
+      message.mutable_token_ids()->Assign(result->tokens.begin(), result->tokens.end());
+      message.set_max_model_len(result->max_model_len);
+      finish(reactor, line, message, *response);
     });
     return reactor;
   }
-  grpc::ServerUnaryReactor* Detokenize(Context* context, const v1::DetokenizeRequest* request,
-                                       v1::DetokenizeResponse* response) override {
+  grpc::ServerUnaryReactor* Detokenize(Context* context, const Bytes* request, Bytes* response) override {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    if (const Status status = authorize(*context); !status.ok()) {
-      reactor->Finish(to_grpc(status));
-      return reactor;
-    }
-    std::vector<int64_t> ids(request->token_ids().begin(), request->token_ids().end());
-    service_.detokenize(request->model(), std::move(ids), [reactor, response](StatusOr<std::string> text) {
-      if (!text.ok()) return reactor->Finish(to_grpc(text.status()));
-      response->set_text(std::move(text).value());
-      reactor->Finish(grpc::Status::OK);
+    const CallLine line{.method = "Detokenize", .id = fresh_id()};
+    const auto asked = admit<v1::DetokenizeRequest>(
+        *context, *request, [](const auto& message) { return StatusOr<v1::DetokenizeRequest>(message); });
+    if (!asked.ok()) return finish(reactor, line, asked.status());
+    std::vector<int64_t> ids(asked->token_ids().begin(), asked->token_ids().end());
+    service_.detokenize(asked->model(), std::move(ids), [reactor, response, line](StatusOr<std::string> text) {
+      if (!text.ok()) return (void)finish(reactor, line, text.status());
+      v1::DetokenizeResponse message;
+      message.set_text(std::move(text).value());
+      finish(reactor, line, message, *response);
     });
     return reactor;
   }
 
-  grpc::ServerUnaryReactor* GetModelInfo(Context* context, const v1::GetModelInfoRequest*,
-                                         v1::GetModelInfoResponse* response) override {
-    return answer(*context, [&] {
+  grpc::ServerUnaryReactor* GetModelInfo(Context* context, const Bytes* request, Bytes* response) override {
+    const CallLine line{.method = "GetModelInfo", .id = fresh_id()};
+    return answer<v1::GetModelInfoRequest>(*context, line, *request, *response, [&] {
+      v1::GetModelInfoResponse message;
       const ModelInfo model = service_.model();
-      for (const std::string& name : model.names) response->add_names(name);
-      response->set_root(model.root);
-      response->set_max_model_len(model.max_model_len);
-      response->set_created(model.created_s);
+      for (const std::string& name : model.names) message.add_names(name);
+      message.set_root(model.root);
+      message.set_max_model_len(model.max_model_len);
+      message.set_created(model.created_s);
+      return message;
     });
   }
-  grpc::ServerUnaryReactor* GetServerInfo(Context* context, const v1::GetServerInfoRequest*,
-                                          v1::GetServerInfoResponse* response) override {
-    return answer(*context, [&] {
-      response->set_state(state_name(service_.health().state));
-      response->set_info_json(service_.info_json());
+  grpc::ServerUnaryReactor* GetServerInfo(Context* context, const Bytes* request, Bytes* response) override {
+    const CallLine line{.method = "GetServerInfo", .id = fresh_id()};
+    return answer<v1::GetServerInfoRequest>(*context, line, *request, *response, [&] {
+      v1::GetServerInfoResponse message;
+      message.set_state(state_name(service_.health().state));
+      message.set_info_json(service_.info_json());
+      return message;
     });
   }
-  grpc::ServerUnaryReactor* GetLoads(Context* context, const v1::GetLoadsRequest*,
-                                     v1::GetLoadsResponse* response) override {
-    return answer(*context, [&] {
+  grpc::ServerUnaryReactor* GetLoads(Context* context, const Bytes* request, Bytes* response) override {
+    const CallLine line{.method = "GetLoads", .id = fresh_id(), .probed = true};
+    return answer<v1::GetLoadsRequest>(*context, line, *request, *response, [&] {
+      v1::GetLoadsResponse message;
       const Loads loads = service_.loads();
-      response->set_running(loads.running);
-      response->set_waiting(loads.waiting);
-      response->set_kv_usage(loads.kv_usage);
+      message.set_running(loads.running);
+      message.set_waiting(loads.waiting);
+      message.set_kv_usage(loads.kv_usage);
+      return message;
     });
   }
 
@@ -333,25 +416,46 @@ class InferenceService final : public v1::Inference::CallbackService {
     if (service_.authorized(key)) return Status();
     return Status(StatusCode::kUnauthenticated, "a valid API key is needed: metadata authorization: Bearer KEY");
   }
-  // `convert`'s answer, if the caller may ask.
-  template <class F>
-  auto admit(const Context& context, F convert) const -> decltype(convert()) {
-    if (Status status = authorize(context); !status.ok()) return status;
-    return convert();
+  // What `convert` makes of the message, if the caller may ask.
+  template <class M, class F>
+  auto admit(const Context& context, const Bytes& bytes, F convert) const -> decltype(convert(std::declval<M>())) {
+    MOED_RETURN_IF_ERROR(authorize(context));
+    MOED_ASSIGN_OR_RETURN(const M message, parse<M>(bytes));
+    return convert(message);
   }
-  template <class F>
-  StatusOr<GenerationParams> admit_generation(const Context& context, F convert) const {
-    StatusOr<GenerationParams> params = admit(context, convert);
-    if (params.ok()) params->request_id = request_id(params->request_id, limits_.request_id_bytes_max);
-    return params;
+  template <class M, class F>
+  Asked ask(const Context& context, const Bytes& bytes, F convert) const {
+    std::string id;
+    auto params = admit<M>(context, bytes, [&](const M& message) {
+      id = message.request_id();
+      return convert(message);
+    });
+    id = request_id(id, limits_.request_id_bytes_max);
+    if (params.ok()) params->request_id = id;
+    return {std::move(id), std::move(params)};
   }
-  template <class F>
-  grpc::ServerUnaryReactor* answer(Context& context, F fill) const {
-    const Status status = authorize(context);
-    if (status.ok()) fill();
-    grpc::ServerUnaryReactor* const reactor = context.DefaultReactor();
+
+  static grpc::ServerUnaryReactor* finish(grpc::ServerUnaryReactor* reactor, const CallLine& line,
+                                          const Status& status) {
+    line.write(to_grpc(status).error_code(), status.ok() ? "" : refusal_notes(status.param()));
     reactor->Finish(to_grpc(status));
     return reactor;
+  }
+  template <class M>
+  static grpc::ServerUnaryReactor* finish(grpc::ServerUnaryReactor* reactor, const CallLine& line, const M& message,
+                                          Bytes& bytes) {
+    const grpc::Status made = serialize(message, bytes);
+    line.write(made.error_code(), "");
+    reactor->Finish(made);
+    return reactor;
+  }
+  template <class M, class F>
+  grpc::ServerUnaryReactor* answer(Context& context, const CallLine& line, const Bytes& request, Bytes& response,
+                                   F make) const {
+    Status status = authorize(context);
+    if (status.ok()) status = parse<M>(request).status();
+    if (!status.ok()) return finish(context.DefaultReactor(), line, status);
+    return finish(context.DefaultReactor(), line, make(), response);
   }
 
   moed::Service& service_;
@@ -382,7 +486,7 @@ bool GrpcServer::State::listen(const Settings::Limits& limits, const std::string
   quota.Resize(static_cast<size_t>(limits.reading_bytes_max));
   builder.SetResourceQuota(quota);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error
-  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, kStreamsMax);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, static_cast<int>(limits.grpc_calls_max));
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveMs);
   server = builder.BuildAndStart();

@@ -11,6 +11,7 @@
 #include "server/http_wire.h"
 #include "server/openai.h"
 #include "server/openai_answer.h"
+#include "server/request_log.h"
 
 namespace moed {
 
@@ -18,24 +19,26 @@ namespace {
 
 constexpr size_t kUnknownFieldsMax = 256;  // names remembered, and so log lines
 constexpr std::string_view kModelPrefix = "/v1/models/";
+constexpr int kClientLeft = 499;  // in the log alone, as nginx has it
 
 struct Route {
   std::string_view path;
   std::string_view method;  // GET (and HEAD) or POST
   bool open;                // needs no key
+  bool probed;              // asked every few seconds: what it answers is logged at level debug
 };
 constexpr std::array<Route, 11> kRoutes{{
-    {"/v1/chat/completions", "POST", false},
-    {"/v1/completions", "POST", false},
-    {"/tokenize", "POST", false},
-    {"/detokenize", "POST", false},
-    {"/v1/models", "GET", false},
-    {kModelPrefix, "GET", false},
-    {"/info", "GET", false},
-    {"/metrics", "GET", false},
-    {"/live", "GET", true},
-    {"/health", "GET", true},
-    {"/ready", "GET", true},
+    {"/v1/chat/completions", "POST", false, false},
+    {"/v1/completions", "POST", false, false},
+    {"/tokenize", "POST", false, false},
+    {"/detokenize", "POST", false, false},
+    {"/v1/models", "GET", false, false},
+    {kModelPrefix, "GET", false, false},
+    {"/info", "GET", false, false},
+    {"/metrics", "GET", false, true},
+    {"/live", "GET", true, true},
+    {"/health", "GET", true, true},
+    {"/ready", "GET", true, true},
 }};
 
 const Route* find_route(std::string_view path) {
@@ -76,14 +79,19 @@ bool is_request_id(std::string_view id, int64_t bytes_max) {
 // An answer that was ready at once.
 class ReadyTask : public HttpTask {
  public:
-  explicit ReadyTask(HttpReply reply) : reply_(std::move(reply)) {}
+  ReadyTask(HttpReply reply, std::string notes) : reply_(std::move(reply)), notes_(std::move(notes)) {}
   std::optional<HttpReply> reply() override { return std::move(reply_); }
+  std::string notes() const override { return notes_; }
 
  private:
   HttpReply reply_;
+  std::string notes_;
 };
 
-std::unique_ptr<HttpTask> ready(HttpReply reply) { return std::make_unique<ReadyTask>(std::move(reply)); }
+std::unique_ptr<HttpTask> ready(HttpReply reply) { return std::make_unique<ReadyTask>(std::move(reply), ""); }
+std::unique_ptr<HttpTask> refused(const Status& status) {
+  return std::make_unique<ReadyTask>(error_reply(status), refusal_notes(status.param()));
+}
 
 // An answer that another thread makes with one call. The call keeps its `Result` alive: the task may die first.
 class CalledTask : public HttpTask {
@@ -91,6 +99,7 @@ class CalledTask : public HttpTask {
   struct Result {
     std::mutex mutex;
     std::optional<HttpReply> reply;  // under mutex
+    std::string notes;               // under mutex
     std::function<void()> wake;
     std::atomic<bool> abandoned{false};
     void set(HttpReply value) {
@@ -100,12 +109,23 @@ class CalledTask : public HttpTask {
       }
       wake();
     }
+    void refuse(const Status& status) {
+      {
+        const std::lock_guard lock(mutex);
+        notes = refusal_notes(status.param());
+      }
+      set(error_reply(status));
+    }
   };
   explicit CalledTask(std::shared_ptr<Result> result) : result_(std::move(result)) {}
   ~CalledTask() override { result_->abandoned = true; }
   std::optional<HttpReply> reply() override {
     const std::lock_guard lock(result_->mutex);
     return std::move(result_->reply);
+  }
+  std::string notes() const override {
+    const std::lock_guard lock(result_->mutex);
+    return result_->notes;
   }
 
  private:
@@ -115,9 +135,8 @@ class CalledTask : public HttpTask {
 // A chat or completion, streamed or not.
 class GenerationTask : public HttpTask {
  public:
-  GenerationTask(OpenAiCall call, AnswerHead head, std::string request_id)
-      : call_(std::move(call)), id_(std::move(request_id)), plain_(call_, head), stream_(call_, std::move(head)) {}
-  ~GenerationTask() override;
+  GenerationTask(OpenAiCall call, AnswerHead head)
+      : call_(std::move(call)), plain_(call_, head), stream_(call_, std::move(head)) {}
   void start(Service& service, std::function<void()> wake) {
     // `params` stays: the answer depends on some of it. Prompts may be large and are needed once.
     GenerationParams params = std::move(call_.params);
@@ -135,32 +154,47 @@ class GenerationTask : public HttpTask {
   std::string_view ping() const override { return ": ping\n\n"; }
   std::optional<HttpReply> reply() override;
   bool read(std::string& out) override;
+  std::string notes() const override;
 
  private:
+  Generation::Update poll();
+
   OpenAiCall call_;
-  std::string id_;
   PlainAnswer plain_;
   StreamAnswer stream_;
   std::shared_ptr<Generation> generation_;
   Generation::Update held_;  // stream: came with the news that the head may go out
   bool has_held_ = false;
   int status_code_ = 200;
-  const char* outcome_ = "left";  // the client, unless something else is known
-  int64_t begin_us_ = now_us();
+  const char* outcome_ = GenerationNotes().outcome;
+  std::string refused_field_;
+  const int64_t begin_us_ = now_us();
+  int64_t first_token_us_ = 0;
 };
 
-GenerationTask::~GenerationTask() {
+std::string GenerationTask::notes() const {
   const Usage usage = generation_->usage();
-  spdlog::debug("request id={} path={} stream={} status={} outcome={} prompt_tokens={} completion_tokens={} ms={}", id_,
-                call_.params.chat ? "/v1/chat/completions" : "/v1/completions", call_.stream, status_code_, outcome_,
-                usage.prompt_tokens, usage.completion_tokens, (now_us() - begin_us_) / 1000);
+  return notes_of({.outcome = outcome_,
+                   .field = refused_field_,
+                   .stream = call_.stream,
+                   .prompt_tokens = usage.prompt_tokens,
+                   .cached_tokens = usage.cached_tokens,
+                   .completion_tokens = usage.completion_tokens,
+                   .first_token_us = first_token_us_});
+}
+
+Generation::Update GenerationTask::poll() {
+  Generation::Update update = generation_->poll();
+  if (first_token_us_ == 0 && !update.deltas.empty()) first_token_us_ = std::max<int64_t>(1, now_us() - begin_us_);
+  return update;
 }
 
 std::optional<HttpReply> GenerationTask::reply() {
-  Generation::Update update = generation_->poll();
+  Generation::Update update = poll();
   if (update.phase == Generation::Phase::kPreparing) return std::nullopt;
   if (update.phase == Generation::Phase::kRefused || (!call_.stream && update.phase == Generation::Phase::kFailed)) {
     outcome_ = update.phase == Generation::Phase::kRefused ? "refused" : "failed";
+    refused_field_ = update.status.param();
     HttpReply reply = error_reply(update.status);
     status_code_ = reply.status;
     return reply;
@@ -179,7 +213,7 @@ std::optional<HttpReply> GenerationTask::reply() {
 }
 
 bool GenerationTask::read(std::string& out) {
-  const Generation::Update update = has_held_ ? std::move(held_) : generation_->poll();
+  const Generation::Update update = has_held_ ? std::move(held_) : poll();
   has_held_ = false;
   const Usage usage = generation_->usage();
   for (const Delta& delta : update.deltas) stream_.add(delta, usage, out);
@@ -240,11 +274,7 @@ std::unique_ptr<HttpTask> HttpApi::generate(const HttpRequest& request, bool cha
                    : parse_completion_request(request.body, json_depth_max_);
   Status status = call.status();
   if (status.ok()) status = service_.check_model(call->params.model);
-  if (!status.ok()) {
-    spdlog::info("request id={} outcome=refused status={} field={}", request.id, http_status_of(status.code()),
-                 status.param());
-    return ready(error_reply(status));
-  }
+  if (!status.ok()) return refused(status);
   log_unknown_fields(call->unknown_fields);
   AnswerHead head{(chat ? "chatcmpl-" : "cmpl-") + request.id, unix_seconds(), call->params.model};
   if (head.model.empty()) {
@@ -252,30 +282,32 @@ std::unique_ptr<HttpTask> HttpApi::generate(const HttpRequest& request, bool cha
     if (!ours.names.empty()) head.model = ours.names.front();
   }
   call->params.request_id = request.id;
-  auto task = std::make_unique<GenerationTask>(std::move(call).value(), std::move(head), request.id);
+  auto task = std::make_unique<GenerationTask>(std::move(call).value(), std::move(head));
   task->start(service_, std::move(wake));
   return task;
 }
 
 std::unique_ptr<HttpTask> HttpApi::tokenize(const HttpRequest& request, std::function<void()> wake) {
   auto params = parse_tokenize_request(request.body, json_depth_max_);
-  if (!params.ok()) return ready(error_reply(params.status()));
+  if (!params.ok()) return refused(params.status());
   const auto result = std::make_shared<CalledTask::Result>();
   result->wake = std::move(wake);
   params->abandoned = [result] { return result->abandoned.load(); };
   service_.tokenize(std::move(params).value(), [result](StatusOr<TokenizeResult> answer) {
-    result->set(answer.ok() ? HttpReply{.body = tokenize_json(*answer)} : error_reply(answer.status()));
+    if (!answer.ok()) return result->refuse(answer.status());
+    result->set({.body = tokenize_json(*answer)});
   });
   return std::make_unique<CalledTask>(result);
 }
 
 std::unique_ptr<HttpTask> HttpApi::detokenize(const HttpRequest& request, std::function<void()> wake) {
   auto call = parse_detokenize_request(request.body, json_depth_max_);
-  if (!call.ok()) return ready(error_reply(call.status()));
+  if (!call.ok()) return refused(call.status());
   const auto result = std::make_shared<CalledTask::Result>();
   result->wake = std::move(wake);
   service_.detokenize(std::move(call->model), std::move(call->tokens), [result](StatusOr<std::string> answer) {
-    result->set(answer.ok() ? HttpReply{.body = detokenize_json(*answer)} : error_reply(answer.status()));
+    if (!answer.ok()) return result->refuse(answer.status());
+    result->set({.body = detokenize_json(*answer)});
   });
   return std::make_unique<CalledTask>(result);
 }
@@ -314,13 +346,26 @@ HttpReply HttpApi::get_health(const std::string& path) const {
 
 HttpReply HttpApi::refuse(int status, const std::string& message) { return error_reply(status, message); }
 
-void HttpApi::finish_reply(const HttpRequest* request, HttpReply& reply) {
-  if (request == nullptr) return;
-  if (!request->id.empty()) reply.headers.emplace_back("X-Request-Id", request->id);
-  if (const std::string_view origin = request->header("origin"); allows_origin(origin)) {
+void HttpApi::finish_reply(HttpRequest& request, HttpReply& reply) {
+  if (request.id.empty()) request.id = fresh_id();  // refused before admit()
+  reply.headers.emplace_back("X-Request-Id", request.id);
+  if (const std::string_view origin = request.header("origin"); allows_origin(origin)) {
     reply.headers.emplace_back("Access-Control-Allow-Origin", std::string(origin));
     reply.headers.emplace_back("Vary", "Origin");
   }
+}
+
+void HttpApi::finished(const HttpRequest& request, const HttpOutcome& outcome) {
+  const Route* const route = find_route(request.path);
+  const bool served = outcome.status == 200 || outcome.status == 503;
+  const std::string status = std::to_string(outcome.status == 0 ? kClientLeft : outcome.status);
+  log_request({.id = request.id,
+               .method = request.method,
+               .path = request.path,
+               .status = status,
+               .us = outcome.us,
+               .notes = outcome.notes},
+              route != nullptr && route->probed && served);
 }
 
 HttpReply HttpApi::preflight(const HttpRequest& request) const {

@@ -22,7 +22,8 @@ class HttpApi : public HttpHandler {
   std::optional<HttpReply> admit(HttpRequest& request) override;
   std::unique_ptr<HttpTask> handle(HttpRequest request, std::function<void()> wake) override;
   HttpReply refuse(int status, const std::string& message) override;
-  void finish_reply(const HttpRequest* request, HttpReply& reply) override;
+  void finish_reply(HttpRequest& request, HttpReply& reply) override;
+  void finished(const HttpRequest& request, const HttpOutcome& outcome) override;
 
  private:
   std::unique_ptr<HttpTask> generate(const HttpRequest& request, bool chat, std::function<void()> wake);

@@ -20,7 +20,9 @@
 #include <thread>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/log.h"
+#include "server/http_waker.h"
 #include "server/http_wire.h"
 
 namespace moed {
@@ -89,39 +91,6 @@ class BodyShare {
   int64_t bytes_ = 0;
 };
 
-// Lets any thread wake the coroutine of one answer. Outlives the connection: a late wake does nothing.
-class Waker : public std::enable_shared_from_this<Waker> {
- public:
-  Waker(std::shared_ptr<asio::io_context> context, const asio::any_io_executor& strand)
-      : context_(std::move(context)), timer_(strand) {}
-
-  void wake() {
-    if (posted_.exchange(true, std::memory_order_acq_rel)) return;
-    asio::post(timer_.get_executor(), [self = shared_from_this()] {
-      self->posted_.exchange(false, std::memory_order_acq_rel);
-      self->signalled_ = true;
-      self->timer_.cancel();
-    });
-  }
-
-  // On the strand. False: nothing came within `timeout`, or the coroutine was cancelled.
-  awaitable<bool> wait(Clock::duration timeout) {
-    if (!signalled_) {
-      timer_.expires_after(timeout);
-      co_await timer_.async_wait(kTuple);
-    }
-    const bool was_signalled = signalled_;
-    signalled_ = false;
-    co_return was_signalled;
-  }
-
- private:
-  std::shared_ptr<asio::io_context> context_;  // first member: the timer dies before it
-  asio::steady_timer timer_;
-  std::atomic<bool> posted_{false};
-  bool signalled_ = false;  // strand only
-};
-
 class Connection : public std::enable_shared_from_this<Connection> {
  public:
   Connection(tcp::socket socket, std::shared_ptr<asio::io_context> context, Shared& shared)
@@ -154,14 +123,17 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   awaitable<Next> serve_one();
   awaitable<bool> wait_for_request();
+  awaitable<Next> exchange(HttpRequest& request);
+  awaitable<Next> read_head(Parser& parser, HttpRequest& request);
+  awaitable<error_code> receive_head(Parser& parser);
   awaitable<Next> read_body(Parser& parser, HttpRequest& request);
   awaitable<error_code> receive_body(Parser& parser);
-  awaitable<Next> refuse(int status, std::string message, const HttpRequest* request);
-  awaitable<Next> answer(HttpRequest request);
-  awaitable<bool> pump(HttpTask& task, const HttpRequest& request, Waker& waker);
+  awaitable<Next> refuse(int status, std::string message, HttpRequest& request);
+  awaitable<Next> answer(HttpRequest& request);
+  awaitable<bool> pump(HttpTask& task, HttpRequest& request, Waker& waker);
   awaitable<bool> pump_stream(HttpTask& task, Waker& waker);
   awaitable<void> client_gone();
-  awaitable<bool> send(HttpReply reply, const HttpRequest* request, bool streaming);
+  awaitable<bool> send(HttpReply reply, HttpRequest& request, bool streaming);
   awaitable<bool> write(std::string_view bytes);
   awaitable<void> linger();
   bool keep_alive() const { return keep_alive_ && !shared_.closing.load(std::memory_order_relaxed); }
@@ -174,6 +146,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   bool busy_ = false;
   bool keep_alive_ = false;  // of the request under way
   bool http_1_0_ = false;
+  HttpOutcome outcome_;
 };
 
 // Whether the other side of operator|| has ended this coroutine. To be asked after each wait: a cancellation comes
@@ -187,7 +160,9 @@ awaitable<void> Connection::run(bool over_limit) {
   co_await asio::this_coro::throw_if_cancelled(false);
   Next next = Next::kRequest;
   if (over_limit) {
-    next = co_await refuse(503, "too many connections; the limit is connections_max", nullptr);
+    HttpRequest unread;
+    next = co_await refuse(503, "too many connections; the limit is connections_max", unread);
+    shared_.handler->finished(unread, outcome_);
   } else {
     while (next == Next::kRequest) next = co_await serve_one();
   }
@@ -224,35 +199,60 @@ HttpRequest head_of(const Parser& parser) {
 awaitable<Connection::Next> Connection::serve_one() {
   if (!co_await wait_for_request()) co_return Next::kClose;
   busy_ = true;
-  const HttpServerOptions& options = shared_.options;
+  outcome_ = HttpOutcome();
+  const int64_t begin_us = now_us();
+  HttpRequest request;
+  const Next next = co_await exchange(request);
+  outcome_.us = now_us() - begin_us;
+  if (outcome_.status != 0 || !request.method.empty()) shared_.handler->finished(request, outcome_);
+  co_return next;
+}
+
+awaitable<Connection::Next> Connection::exchange(HttpRequest& request) {
   Parser parser;
-  parser.header_limit(static_cast<uint32_t>(options.header_bytes_max));
-  parser.body_limit(boost::none);  // lengths are checked after the route
-  stream_.expires_after(seconds(options.header_seconds));
-  const auto [error, count] = co_await http::async_read_header(stream_, buffer_, parser, kTuple);
-  stream_.expires_never();
-  if (error) {
-    keep_alive_ = false;
-    if (error == http::error::header_limit || error == http::error::buffer_overflow) {
-      co_return co_await refuse(431, "the request's headers are larger than header_bytes_max", nullptr);
-    }
-    if (error.category() != make_error_code(http::error::bad_method).category() ||
-        error == http::error::end_of_stream || error == http::error::partial_message) {
-      co_return Next::kClose;
-    }
-    co_return co_await refuse(400, "not an HTTP/1.1 request: " + error.message(), nullptr);
-  }
-  keep_alive_ = parser.keep_alive();
-  http_1_0_ = parser.get().version() < 11;
-  HttpRequest request = head_of(parser);
+  if (const Next next = co_await read_head(parser, request); next != Next::kRequest) co_return next;
   if (std::optional<HttpReply> refusal = shared_.handler->admit(request)) {
     const bool unread = parser.chunked() || parser.content_length().value_or(0) > 0;
     if (unread) keep_alive_ = false;
-    if (!co_await send(std::move(*refusal), &request, false)) co_return Next::kClose;
+    if (!co_await send(std::move(*refusal), request, false)) co_return Next::kClose;
     co_return unread ? Next::kLinger : keep_alive() ? Next::kRequest : Next::kClose;
   }
   if (const Next next = co_await read_body(parser, request); next != Next::kRequest) co_return next;
-  co_return co_await answer(std::move(request));
+  co_return co_await answer(request);
+}
+
+awaitable<Connection::Next> Connection::read_head(Parser& parser, HttpRequest& request) {
+  const HttpServerOptions& options = shared_.options;
+  parser.header_limit(static_cast<uint32_t>(options.header_bytes_max));
+  parser.body_limit(boost::none);  // lengths are checked after the route
+  keep_alive_ = false;
+  // A timer of its own: the stream's would close the socket, and the client would not learn why.
+  asio::steady_timer deadline(stream_.get_executor(), seconds(options.header_seconds));
+  stream_.expires_never();
+  const auto outcome = co_await (receive_head(parser) || deadline.async_wait(kTuple));
+  const error_code error = outcome.index() == 1 ? make_error_code(asio::error::timed_out) : std::get<0>(outcome);
+  const bool malformed = error.category() == make_error_code(http::error::bad_method).category();
+  if (error == http::error::end_of_stream || error == http::error::partial_message ||
+      (error && !malformed && error != asio::error::timed_out)) {
+    co_return Next::kClose;
+  }
+  request = head_of(parser);
+  if (error == asio::error::timed_out) {
+    co_return co_await refuse(408, "the request's head did not arrive within header_seconds", request);
+  }
+  if (error == http::error::header_limit || error == http::error::buffer_overflow) {
+    co_return co_await refuse(431, "the request's headers are larger than header_bytes_max", request);
+  }
+  if (error) co_return co_await refuse(400, "not an HTTP/1.1 request: " + error.message(), request);
+  keep_alive_ = parser.keep_alive();
+  http_1_0_ = parser.get().version() < 11;
+  co_return Next::kRequest;
+}
+
+awaitable<error_code> Connection::receive_head(Parser& parser) {
+  co_await asio::this_coro::throw_if_cancelled(false);
+  const auto [error, count] = co_await http::async_read_header(stream_, buffer_, parser, kTuple);
+  co_return error;
 }
 
 awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& request) {
@@ -260,7 +260,7 @@ awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& r
   const auto limit = static_cast<uint64_t>(options.body_bytes_max);
   const std::string too_long =
       "the request's body is larger than " + std::to_string(options.body_bytes_max) + " bytes (body_bytes_max)";
-  if (parser.content_length().value_or(0) > limit) co_return co_await refuse(413, too_long, &request);
+  if (parser.content_length().value_or(0) > limit) co_return co_await refuse(413, too_long, request);
   parser.body_limit(limit);
   if (lower_case(request.header("expect")) == "100-continue" && !parser.is_done()) {
     if (!co_await write("HTTP/1.1 100 Continue\r\n\r\n")) co_return Next::kClose;
@@ -270,18 +270,18 @@ awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& r
   auto outcome = co_await (receive_body(parser) || deadline.async_wait(kTuple));
   if (outcome.index() == 1) {
     body_share_.release();
-    co_return co_await refuse(408, "the request's body did not arrive within body_seconds", &request);
+    co_return co_await refuse(408, "the request's body did not arrive within body_seconds", request);
   }
   const error_code error = std::get<0>(outcome);
   if (error) body_share_.release();
   if (error == asio::error::no_buffer_space) {
     co_return co_await refuse(429, "too many bytes of requests are being received at once (limits.reading_bytes_max)",
-                              &request);
+                              request);
   }
-  if (error == http::error::body_limit) co_return co_await refuse(413, too_long, &request);
+  if (error == http::error::body_limit) co_return co_await refuse(413, too_long, request);
   if (error.category() == make_error_code(http::error::bad_method).category() &&
       error != http::error::partial_message && error != http::error::end_of_stream) {
-    co_return co_await refuse(400, "the request's body is not well-formed: " + error.message(), &request);
+    co_return co_await refuse(400, "the request's body is not well-formed: " + error.message(), request);
   }
   if (error) co_return Next::kClose;
   request.body = std::move(parser.get().body());
@@ -302,37 +302,38 @@ awaitable<error_code> Connection::receive_body(Parser& parser) {
   co_return error_code();
 }
 
-awaitable<Connection::Next> Connection::refuse(int status, std::string message, const HttpRequest* request) {
+awaitable<Connection::Next> Connection::refuse(int status, std::string message, HttpRequest& request) {
   keep_alive_ = false;
   const bool sent = co_await send(shared_.handler->refuse(status, message), request, false);
   co_return sent ? Next::kLinger : Next::kClose;
 }
 
-awaitable<Connection::Next> Connection::answer(HttpRequest request) {
+// Leaves `request` without its body.
+awaitable<Connection::Next> Connection::answer(HttpRequest& request) {
   const auto waker = std::make_shared<Waker>(context_, stream_.get_executor());
   const auto wake = [waker] { waker->wake(); };
-  std::string body = std::move(request.body);
-  request.body.clear();
-  const HttpRequest head = request;
-  request.body = std::move(body);
+  std::string body = std::exchange(request.body, {});
+  HttpRequest whole = request;
+  whole.body = std::move(body);
   std::unique_ptr<HttpTask> task;
-  if (request.body.size() > kInlineBodyBytes) {
+  if (whole.body.size() > kInlineBodyBytes) {
     HttpHandler* const handler = shared_.handler;
-    auto parse = [handler, &request, &wake]() -> awaitable<std::unique_ptr<HttpTask>> {
-      co_return handler->handle(std::move(request), wake);
+    auto parse = [handler, &whole, &wake]() -> awaitable<std::unique_ptr<HttpTask>> {
+      co_return handler->handle(std::move(whole), wake);
     };
     task = co_await asio::co_spawn(shared_.workers, parse, asio::use_awaitable);
   } else {
-    task = shared_.handler->handle(std::move(request), wake);
+    task = shared_.handler->handle(std::move(whole), wake);
   }
   body_share_.release();
-  auto outcome = co_await (pump(*task, head, *waker) || client_gone());
+  auto outcome = co_await (pump(*task, request, *waker) || client_gone());
   const bool complete = outcome.index() == 0 && std::get<0>(outcome);
+  outcome_.notes = task->notes();
   task.reset();
   co_return complete&& keep_alive() ? Next::kRequest : Next::kClose;
 }
 
-awaitable<bool> Connection::pump(HttpTask& task, const HttpRequest& request, Waker& waker) {
+awaitable<bool> Connection::pump(HttpTask& task, HttpRequest& request, Waker& waker) {
   co_await asio::this_coro::throw_if_cancelled(false);
   std::optional<HttpReply> reply = task.reply();
   while (!reply) {
@@ -341,7 +342,7 @@ awaitable<bool> Connection::pump(HttpTask& task, const HttpRequest& request, Wak
     reply = task.reply();
   }
   const bool streaming = task.streaming();
-  if (!co_await send(std::move(*reply), &request, streaming)) co_return false;
+  if (!co_await send(std::move(*reply), request, streaming)) co_return false;
   if (!streaming) co_return true;  // GCC 12 miscompiles a co_await behind ||
   co_return co_await pump_stream(task, waker);
 }
@@ -394,14 +395,15 @@ awaitable<void> Connection::client_gone() {
   co_await forever.async_wait(kTuple);
 }
 
-awaitable<bool> Connection::send(HttpReply reply, const HttpRequest* request, bool streaming) {
+awaitable<bool> Connection::send(HttpReply reply, HttpRequest& request, bool streaming) {
   shared_.handler->finish_reply(request, reply);
+  outcome_.status = reply.status;
   if (streaming && http_1_0_) keep_alive_ = false;
   const Framing framing{.streaming = streaming,
                         .chunked = streaming && !http_1_0_,
                         .keep_alive = keep_alive(),
                         .http_1_0 = http_1_0_,
-                        .head_only = request != nullptr && request->method == "HEAD"};
+                        .head_only = request.method == "HEAD"};
   const std::string bytes = reply_bytes(reply, framing, std::time(nullptr));
   co_return co_await write(bytes);
 }

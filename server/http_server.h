@@ -21,7 +21,7 @@ struct HttpRequest {
   std::string query;    // what follows '?'
   HttpHeaders headers;  // names in lower case
   std::string body;     // chunks joined; empty until admitted
-  std::string id;       // HttpHandler::admit may set it; the server only carries it
+  std::string id;       // the handler may set it; the server only carries it
   // Of the first header of that name (lower case); empty when there is none.
   std::string_view header(std::string_view name) const;
 };
@@ -50,6 +50,15 @@ class HttpTask {
   }
   // Written when a stream has been silent for `ping_seconds`.
   virtual std::string_view ping() const { return {}; }
+  // What the log shall say of it besides, as " name=value ..."; asked once, at the end.
+  virtual std::string notes() const { return {}; }
+};
+
+// How a request ended, for the log.
+struct HttpOutcome {
+  int status = 0;     // that of the answer's head; 0: the client left before there was one
+  int64_t us = 0;     // since the first byte of the request
+  std::string notes;  // the task's
 };
 
 // What the server serves. Called from several I/O threads at once; must not block and throws nothing.
@@ -63,10 +72,16 @@ class HttpHandler {
   virtual std::unique_ptr<HttpTask> handle(HttpRequest request, std::function<void()> wake) = 0;
   // An answer for what the server itself refuses: 400, 408, 413, 431, 503.
   virtual HttpReply refuse(int status, const std::string& message) = 0;
-  // Just before any reply is written. `request`: null when none could be read.
-  virtual void finish_reply(const HttpRequest* request, HttpReply& reply) {
+  // Just before any reply is written. `request` is empty but for what could be read of it: method and path of a head
+  // that was too long, say.
+  virtual void finish_reply(HttpRequest& request, HttpReply& reply) {
     (void)request;
     (void)reply;
+  }
+  // Once for each request that was answered, or whose head was read.
+  virtual void finished(const HttpRequest& request, const HttpOutcome& outcome) {
+    (void)request;
+    (void)outcome;
   }
 };
 
@@ -78,9 +93,9 @@ struct HttpServerOptions {
   int64_t reading_bytes_max = 256 << 20;  // of all bodies being received or parsed; a request beyond is answered 429
   int64_t connections_max = 4096;         // more are answered 503 and closed
   int64_t header_bytes_max = 32 << 10;
-  double header_seconds = 10;  // from the first byte of a request to the end of its head
-  double body_seconds = 30;    // of the whole body
-  double idle_seconds = 75;    // a connection without a request
+  double header_seconds = 10;  // from the first byte of a request to the end of its head; then 408
+  double body_seconds = 30;    // of the whole body; then 408
+  double idle_seconds = 75;    // a connection without a byte of a request is closed
   double write_seconds = 30;   // a client that takes no byte for so long is dropped
   double ping_seconds = 10;
 };

@@ -1,7 +1,8 @@
 #include "server/openai_json.h"
 
 #include <cmath>
-#include <cstdio>
+
+#include "server/request_log.h"
 
 namespace moed {
 
@@ -40,20 +41,6 @@ Status check_shape(std::string_view body, int64_t depth_max) {
     }
   }
   return Status();
-}
-
-std::string escaped(const std::string& name) {
-  std::string out;
-  for (const char c : name.substr(0, kUnknownBytesMax)) {
-    if (c >= 0x21 && c <= 0x7e) {
-      out += c;
-    } else {
-      char code[8];
-      std::snprintf(code, sizeof(code), "\\x%02x", static_cast<unsigned char>(c));
-      out += code;
-    }
-  }
-  return out;
 }
 
 }  // namespace
@@ -169,7 +156,7 @@ std::vector<std::string> BodyFields::unknown() const {
   std::vector<std::string> names;
   for (const auto& [name, value] : object_.items()) {
     if (names.size() == kUnknownMax) break;
-    if (!known_.contains(name)) names.push_back(escaped(name));
+    if (!known_.contains(name)) names.push_back(log_safe(name, kUnknownBytesMax));
   }
   return names;
 }

@@ -110,6 +110,9 @@ HttpServerOptions http_options(const Settings& settings) {
   options.header_bytes_max = settings.limits.header_bytes_max;
   options.header_seconds = settings.limits.header_seconds;
   options.body_seconds = settings.limits.body_seconds;
+  options.idle_seconds = settings.limits.idle_seconds;
+  options.write_seconds = settings.limits.write_seconds;
+  options.ping_seconds = settings.limits.ping_seconds;
   return options;
 }
 

@@ -76,12 +76,16 @@ struct Settings {
     int64_t logit_bias_max = 1024;
     int64_t json_depth_max = 64;
     int64_t connections_max = 4096;
+    int64_t grpc_calls_max = 1024;  // at once on one connection
     int64_t header_bytes_max = 32ll << 10;
     int64_t reading_bytes_max = 256ll << 20;  // of all bodies that are being received or parsed
     int64_t request_id_bytes_max = 128;
     int64_t queued_text_bytes_max = 256ll << 20;  // held by requests whose text waits to be templated and tokenised
     double header_seconds = 10;
     double body_seconds = 30;
+    double idle_seconds = 75;
+    double write_seconds = 30;
+    double ping_seconds = 10;
     double request_seconds = 0;  // 0: no limit
     int64_t template_fuel = 2'000'000;
     int64_t template_output_bytes = 16ll << 20;

@@ -217,11 +217,8 @@ def test_slow_senders(start_fake):
         assert requests.get(daemon.url + "/live", timeout=1).status_code == 200
         time.sleep(0.1)
     for i, connection in enumerate(slow):
-        try:
-            answer = connection.recv(65536)
-        except ConnectionResetError:
-            answer = b""
-        assert i % 2 == 0 and answer == b"" or b" 408 " in answer and b"body_seconds" in answer, (i, answer)
+        answer = connection.recv(65536)
+        assert b" 408 " in answer and (b"header_seconds" if i % 2 == 0 else b"body_seconds") in answer, (i, answer)
         connection.close()
     assert time.monotonic() - begin < 15
     assert_unharmed(daemon)
@@ -254,11 +251,11 @@ def test_wrong_protocols(fake):
     for port in (fake.http_port, fake.grpc_port):
         for noise in (http2, tls, b"GET /live HTTP/1.1\r\nHost: x\r\n\r\n", bytes(range(256)) * 64):
             with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-                connection.sendall(noise)
-                connection.shutdown(socket.SHUT_WR)
                 try:
+                    connection.sendall(noise)
+                    connection.shutdown(socket.SHUT_WR)
                     connection.recv(65536)
-                except ConnectionResetError:
+                except OSError:  # closed or reset at any of these, as quick as the door was
                     pass
     assert_unharmed(fake)
 

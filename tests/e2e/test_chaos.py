@@ -1,7 +1,7 @@
 """Honest clients beside clients that leave at random moments, stall, send half a request, flood and ask for the maximum, over
 both doors, with KV for a fraction of them: on the host, and on an emulated device under a tight cap.
 
-MOED_CHAOS_SECONDS   how long, in all (default 60 on the host, 30 on the emulated device)
+MOED_CHAOS_SECONDS   how long, in all, on each (default 60)
 MOED_CHAOS_SEED      of every random choice (default 1)
 """
 
@@ -25,10 +25,10 @@ SEED = int(os.environ.get("MOED_CHAOS_SEED", "1"))
 CONTEXT_TOKENS = 256
 DEVICES = {
     # KV for two contexts.
-    "host": (60, ["--kv-gib", "0.0113"]),
+    "host": ["--kv-gib", "0.0113"],
     # One expert of each layer stays, the others go through slots for a quarter of them; KV on both sides.
-    "emulated": (30, ["--device", "emulated", "--device-memory-gib", "0.47", "--policy", "hot", "--kv", "split",
-                      "--device-kv-gib", "0.003", "--kv-gib", "0.006", "--halves", "2", "--resident-experts", "1"]),
+    "emulated": ["--device", "emulated", "--device-memory-gib", "0.47", "--policy", "hot", "--kv", "split",
+                 "--device-kv-gib", "0.003", "--kv-gib", "0.006", "--halves", "2", "--resident-experts", "1"],
 }
 LIMITS = ["--max-model-len", str(CONTEXT_TOKENS), "--pass-rows-max", "128", "--bulk-rows-min", "16", "--queue-max", "16",
           "--sequences-max", "12", "--connections-max", "60", "--header-seconds", "2", "--body-seconds", "2"]
@@ -349,11 +349,25 @@ def settle(daemon, files_max):
     return rss_mib(daemon)
 
 
+def crowd_out(daemon):
+    """Where the machine is so slow that none of the crowd grew far: a few that stay until one of them had to make room."""
+    body = {"prompt": [5], "n": 4, "max_tokens": CONTEXT_TOKENS - 10, "ignore_eos": True, "stream": True}
+    held = []
+    end = time.monotonic() + 240
+    while metric(daemon, "vllm:num_preemptions_total") == 0:
+        assert time.monotonic() < end, "nothing was preempted"
+        if len(held) < 3:
+            held.append(requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=240))
+            assert held[-1].status_code == 200, held[-1].text
+        time.sleep(0.1)
+    for answer in held:
+        answer.close()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_chaos(device, moed_pb):
-    seconds, flags = DEVICES[device]
-    seconds = float(os.environ.get("MOED_CHAOS_SECONDS", seconds))
-    daemon = Daemon(MOED, DEMO, "--deterministic", *LIMITS, *flags, ready_seconds=300)
+    seconds = float(os.environ.get("MOED_CHAOS_SECONDS", "60"))
+    daemon = Daemon(MOED, DEMO, "--deterministic", *LIMITS, *DEVICES[device], ready_seconds=300)
     doors = Doors(daemon, moed_pb)
     expected = [doors.http(question) for question in QUESTIONS]
     for index, way in enumerate(doors.ways.values()):
@@ -367,6 +381,7 @@ def test_chaos(device, moed_pb):
         held_mib.append(settle(daemon, files_max))
     print(f"seed {SEED}, {device}: MiB held {held_mib}, met {sorted(crowd.met.items(), key=str)}")
     assert not crowd.faults, crowd.faults
+    crowd_out(daemon)
     assert [doors.http(question) for question in QUESTIONS] == expected
     settle(daemon, files_max)
     assert all(crowd.met["honest answered", way] > 0 for way in doors.ways), crowd.met
@@ -376,7 +391,6 @@ def test_chaos(device, moed_pb):
     codes = {code for door, code in crowd.met if door == "gRPC"}
     allowed = {"OK", "CANCELLED", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"}
     assert {code.name for code in codes} <= allowed, crowd.met
-    assert metric(daemon, "vllm:num_preemptions_total") > 0, "nothing was preempted: the crowd is too small"
     doors.close()
     assert daemon.stop() == 0, daemon.log[-5000:]
 

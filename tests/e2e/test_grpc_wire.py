@@ -102,6 +102,31 @@ def test_full_queue(start_fake, moed_pb):
             stream.cancel()
 
 
+def test_both_doors_share_the_queue(start_fake, moed_pb):
+    pb, services = moed_pb
+    daemon = start_fake("--sequences-max", "1", "--queue-max", "1", FAKE_LAYER_US="20000")
+    body = {"prompt": "abc", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    held = [requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=30) for _ in range(2)]
+    with grpc.insecure_channel(daemon.grpc_target) as channel:
+        stub = services.InferenceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.ChatCompletion(chat(pb, max_tokens=1), timeout=10)
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "queue_max" in caught.value.details()
+        for answer in held:
+            answer.close()
+        quiet(stub, pb)
+        held = [stub.StreamChatCompletion(chat(pb, max_tokens=200)) for _ in range(2)]
+        end = time.monotonic() + 10
+        while (loads := stub.GetLoads(pb.GetLoadsRequest(), timeout=5)).running + loads.waiting < 2:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        refused = requests.post(daemon.url + "/v1/completions", json=body, timeout=10)
+        assert refused.status_code == 429 and "queue_max" in refused.text
+        for stream in held:
+            stream.cancel()
+        quiet(stub, pb)
+
+
 def test_health_and_reflection(fake, channel):
     health = health_pb2_grpc.HealthStub(channel)
     for service in ("", "moed.v1.Inference"):
@@ -215,16 +240,18 @@ def test_both_doors_say_the_same(fake, stub, moed_pb):
 
 
 def test_messages_that_are_none(fake, channel, stub, moed_pb):
-    """gRPC's C++ library answers UNIMPLEMENTED to what it cannot parse."""
     pb = moed_pb[0]
-    refusals = (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
-    for method in ("ChatCompletion", "Tokenize", "GetLoads"):
+    for method in ("ChatCompletion", "Tokenize", "GetLoads", "Generate", "StreamChatCompletion"):
         call = channel.unary_unary("/moed.v1.Inference/" + method, request_serializer=bytes, response_deserializer=bytes)
-        for noise in (b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x02\xff\xfe"):
-            try:
-                call(noise, timeout=5)
-            except grpc.RpcError as error:
-                assert error.code() in refusals, error
+        if method in ("Generate", "StreamChatCompletion"):
+            call = channel.unary_stream("/moed.v1.Inference/" + method, request_serializer=bytes, response_deserializer=bytes)
+        noises = [b"\xff" * 100, b"\x0a\xff\xff\xff\xff\x0f"]
+        noises += [b"\x0a\x02\xff\xfe"] if method != "GetLoads" else []  # its message has no such field
+        for noise in noises:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call(noise, timeout=5))
+            assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT, (method, noise)
+            assert "moed.v1." in caught.value.details()
     with pytest.raises(grpc.RpcError) as caught:
         channel.unary_unary("/moed.v1.Inference/Nothing", request_serializer=bytes)(b"", timeout=5)
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

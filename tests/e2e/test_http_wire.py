@@ -59,6 +59,7 @@ def test_chat_streamed_equals_plain(client):
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 40
     assert all(c.usage is None for c in chunks[:-1])
     assert all(c.choices[0].delta.content for c in chunks[1:-2]), "no empty pieces"
+    assert len(chunks) <= 40 + 3, "a token makes at most one piece of text; the role, the end and usage come besides"
 
 
 def test_choices_of_a_stream(client):
@@ -98,6 +99,20 @@ def test_echo_scores_the_prompt(client):
     assert all(score <= 0 for score in choice.logprobs.token_logprobs[1:])
     longer = client.completions.create(model="tiny", prompt="abc", max_tokens=2, echo=True)
     assert longer.choices[0].text.startswith("abc")
+
+
+def test_scores_of_a_prompt_do_not_come_from_the_prefix_cache(client):
+    """A prompt that stands in the cache is computed again where its scores are wanted, and they are the same."""
+    prompt = "scored, and long enough for several blocks of the cache: " + "y" * 80
+    scored = dict(model="tiny", prompt=prompt, max_tokens=1, echo=True, logprobs=1)
+    first = client.completions.create(**scored)
+    assert client.completions.create(model="tiny", prompt=prompt, max_tokens=1).usage.prompt_tokens_details.cached_tokens >= 128
+    for answer in (client.completions.create(**scored), client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=1, extra_body={"prompt_logprobs": 1})):
+        assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    again = client.completions.create(**scored).choices[0].logprobs
+    assert again.token_logprobs[1:-1] == first.choices[0].logprobs.token_logprobs[1:-1]
+    assert all(score is not None for score in again.token_logprobs[1:])
 
 
 def test_chat_logprobs(client):
@@ -239,7 +254,9 @@ def test_bad_http_and_the_daemon_goes_on(fake):
 
 def test_routes_for_probes_and_people(fake):
     info = requests.get(fake.url + "/info", timeout=10).json()
-    assert "limits" in json.dumps(info)
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", info["version"]) and info["model"]["names"] == ["tiny"]
+    assert info["model"]["max_model_len"] == 1024 and info["memory_budget"]["kv_blocks"] == 4096
+    assert info["plan"]["policy"] and info["device"] == "fake" and info["settings"]["limits"]["n_max"] == 64
     assert requests.get(fake.url + "/ready", timeout=10).json()["status"] == "ready"
     for name in ("vllm:num_requests_running", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"):
         assert name in requests.get(fake.url + "/metrics", timeout=10).text
@@ -256,6 +273,51 @@ def test_info_holds_the_limits(start_fake):
         assert isinstance(settings[section][key], (int, float)), name
     assert settings["limits"]["n_max"] == 7 and settings["limits"]["stop_max"] == 9
     assert {f"limits.{key}" for key in settings["limits"]} <= set(names), "a limit that the document lacks"
+
+
+def test_settings_of_time_reach_the_http_door(start_fake):
+    daemon = start_fake("--idle-seconds", "0.4", "--ping-seconds", "0.2", "--write-seconds", "0.5", FAKE_LAYER_US="300000")
+    with socket.create_connection(("127.0.0.1", daemon.http_port), timeout=10) as idle:
+        begin = time.monotonic()
+        assert idle.recv(100) == b"" and 0.3 < time.monotonic() - begin < 5
+    body = {"prompt": "abc", "max_tokens": 1, "ignore_eos": True, "stream": True}
+    lines = list(requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=20).iter_lines())
+    assert 1 <= lines.count(b": ping") <= 5 and lines.index(b": ping") < lines.index(b"data: [DONE]")
+
+
+def test_a_reader_that_takes_nothing_is_dropped_in_time(start_fake):
+    daemon = start_fake("--write-seconds", "0.5", FAKE_LAYER_US="100")
+    body = json.dumps({"prompt": "abc", "max_tokens": 1000, "n": 64, "logprobs": 20, "ignore_eos": True, "stream": True})
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.connect(("127.0.0.1", daemon.http_port))
+        stalled.sendall((f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                         f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
+        daemon.wait_log(r"status=200 total_ms=\d+ outcome=left stream=true", 20)
+        assert eventually(lambda: idle(daemon))
+
+
+@pytest.mark.parametrize("flags, small, large", [
+    ([], 1, 100), (["--template-fuel", "1000"], 1, 100), (["--template-output-bytes", "1024"], 50, 80)])
+def test_settings_of_the_template_reach_it(start_fake, flags, small, large):
+    """Chats of so many messages of one word, 14 bytes and more each: the large one is too much for a small setting."""
+    daemon = start_fake(*flags)
+    for count in (small, large):
+        body = {"messages": [{"role": "user", "content": "hello"}] * count, "max_tokens": 1, "truncate_prompt_tokens": 100}
+        answer = requests.post(daemon.url + "/v1/chat/completions", json=body, timeout=10)
+        refused = flags != [] and count == large
+        assert answer.status_code == (400 if refused else 200), (count, answer.text)
+        assert not refused or "template" in answer.json()["error"]["message"], answer.text
+
+
+def test_queued_tokens_are_limited(start_fake):
+    daemon = start_fake("--sequences-max", "1", "--queue-tokens-max", "10", FAKE_LAYER_US="20000")
+    body = {"prompt": "abcdef", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    held = [requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=30) for _ in range(2)]
+    refused = requests.post(daemon.url + "/v1/completions", json=body, timeout=10)
+    assert refused.status_code == 429 and "queue_tokens_max" in refused.text and refused.headers["Retry-After"] == "1"
+    for answer in held:
+        answer.close()
 
 
 def test_loading_is_told(start_fake):
@@ -350,6 +412,9 @@ def test_tokenize_and_back(fake):
     assert answer["tokens"] == [260, 32, 97, 98, 99] and answer["count"] == 5 and answer["max_model_len"] == 1024
     back = requests.post(fake.url + "/detokenize", json={"tokens": answer["tokens"]}, timeout=10).json()
     assert back["prompt"] == "hello abc"
+    for token in (-1, 261, 2**40):
+        refused = requests.post(fake.url + "/detokenize", json={"tokens": [97, token]}, timeout=10)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "tokens", refused.text
 
 
 def test_drain_lets_streams_end(start_fake):

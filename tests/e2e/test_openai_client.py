@@ -219,7 +219,8 @@ def test_request_ids_go_through(fake):
         with pytest.raises(openai.BadRequestError) as caught:
             client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=7)
         assert caught.value.request_id == "my.id-1"
-    fake.wait_log(r"request id=my\.id-1 outcome=done prompt_tokens=\d+ .*completion_tokens=2 ttft_ms=\d+ total_ms=\d+")
+    fake.wait_log(r"request id=my\.id-1 method=POST path=/v1/chat/completions status=200 total_ms=\d+ outcome=done "
+                  r"stream=false prompt_tokens=\d+ .*completion_tokens=2 ttft_ms=\d+")
     with client_of(fake, default_headers={"X-Request-Id": "no spaces"}) as client:
         replaced = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=2)._request_id
         assert re.fullmatch(r"[0-9a-f]{32}", replaced)
@@ -234,6 +235,7 @@ def test_one_line_a_request_and_none_with_its_text(start_fake):
         requests.post(daemon.url + "/v1/completions", json={"prompt": secret, "max_tokens": 2, "user": secret} | more, timeout=10,
                       headers={"X-Request-Id": ids[-1]})
     daemon.stop()
+    assert daemon.log.count("request id=") == len(ids)
     lines = [json.loads(line) for line in daemon.log.splitlines() if line.startswith("{")]
     told = [line["message"] if "message" in line else json.dumps(line) for line in lines if line.get("level") == "info"]
     for name in ids:

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import select
 import signal
 import threading
 import time
@@ -70,15 +71,34 @@ def test_an_answer_past_the_drain_fails(start_fake):
     assert answers[0].status_code == 503
 
 
+def test_a_stream_past_the_drain_ends_in_an_error(start_fake):
+    daemon = start_fake("--drain-seconds", "0.3", FAKE_LAYER_US="10000")
+    answer = requests.post(daemon.url + "/v1/completions", json=LONG | {"stream": True}, stream=True, timeout=60)
+    lines = answer.iter_lines()
+    assert next(lines).startswith(b"data: ")
+    daemon.process.terminate()
+    data = [line for line in lines if line.startswith(b"data: ")]
+    assert daemon.process.wait(20) == 0
+    error = json.loads(data[-1][len(b"data: "):])["error"]
+    assert error["message"] == "the server is shutting down" and error["code"] == "unavailable"
+    assert b"data: [DONE]" not in data
+
+
 def test_a_drain_waits_for_what_is_still_tokenised(start_fake):
-    daemon = start_fake("--drain-seconds", "30")
-    connection = http.client.HTTPConnection("127.0.0.1", daemon.http_port, timeout=60)
-    connection.request("POST", "/v1/completions", json.dumps({"prompt": ["hello" * 1000] * 1000, "max_tokens": 1}),
-                       {"Content-Type": "application/json"})
-    time.sleep(0.15)  # all is sent, and tokenising it takes longer
-    assert daemon.stop() == 0
-    answer = connection.getresponse()
-    assert answer.status == 200, answer.read()
+    """All is sent, and tokenising it takes a second. When it has been received cannot be seen from outside: later and later."""
+    body = json.dumps({"prompt": ["hello" * 1000] * 1000, "max_tokens": 1})
+    for delay in (0.15, 0.3, 0.6, 1.2):
+        daemon = start_fake("--drain-seconds", "30")
+        connection = http.client.HTTPConnection("127.0.0.1", daemon.http_port, timeout=60)
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        time.sleep(delay)
+        assert not select.select([connection.sock], [], [], 0)[0], "answered before the drain began"
+        assert daemon.stop() == 0
+        answer = connection.getresponse()
+        if answer.status == 200:
+            return
+        assert answer.status == 503, answer.read()
+    raise AssertionError("refused after all")
 
 
 def test_a_request_may_take_only_so_long(start_fake):

@@ -35,7 +35,7 @@ class GenerationTest : public ::testing::Test {
   }
 
   std::unique_ptr<Tokenizer> tokenizer_ = load_tokenizer(byte_level_tokenizer());
-  GenerationImpl generation_{"id", 1, tokenizer_.get(), nullptr, [] {}};
+  GenerationImpl generation_{1, tokenizer_.get(), nullptr, [] {}};
   std::vector<std::shared_ptr<RequestStream>> streams_;
   std::vector<std::string> texts_{"", ""};
 };

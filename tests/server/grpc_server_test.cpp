@@ -1,11 +1,15 @@
 #include "server/grpc_server.h"
 
+#include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/grpcpp.h>
 #include <gtest/gtest.h>
 #include <netinet/in.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <condition_variable>
+#include <mutex>
+#include <optional>
 #include <thread>
 
 #include "fake_service.h"
@@ -132,6 +136,78 @@ TEST_F(GrpcServerTest, ErrorsAreStatuses) {
   v1::GetLoadsResponse loads;
   EXPECT_TRUE(stub_->GetLoads(&context, {}, &loads).ok());
   EXPECT_EQ(loads.waiting(), 2);
+}
+
+// The library would end these as UNIMPLEMENTED, as if the method were not there.
+TEST_F(GrpcServerTest, BytesThatAreNoMessageAreTheCallersFault) {
+  const auto channel =
+      grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()), grpc::InsecureChannelCredentials());
+  grpc::TemplatedGenericStub<grpc::ByteBuffer, grpc::ByteBuffer> stub(channel);
+  const auto call = [&](const std::string& method, const std::string& bytes) {
+    grpc::ClientContext context;
+    const grpc::Slice slice(bytes);
+    const grpc::ByteBuffer request(&slice, 1);
+    grpc::ByteBuffer response;
+    std::mutex mutex;
+    std::condition_variable news;
+    std::optional<grpc::Status> end;
+    stub.UnaryCall(&context, "/moed.v1.Inference/" + method, {}, &request, &response, [&](grpc::Status status) {
+      const std::lock_guard lock(mutex);
+      end = std::move(status);
+      news.notify_one();
+    });
+    std::unique_lock lock(mutex);
+    news.wait(lock, [&] { return end.has_value(); });
+    return *end;
+  };
+  const std::string cut = "\x0a\x7f";            // a field of 127 bytes, and none of them
+  const std::string latin = "\x0a\x02\xff\xfe";  // a string that is not UTF-8, where there is one
+  for (const char* const method : {"ChatCompletion", "StreamChatCompletion", "Generate", "Tokenize", "Detokenize",
+                                   "GetModelInfo", "GetServerInfo", "GetLoads"}) {
+    const grpc::Status status = call(method, cut);
+    EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT) << method;
+    EXPECT_NE(status.error_message().find("moed.v1."), std::string::npos) << status.error_message();
+  }
+  EXPECT_EQ(call("ChatCompletion", latin).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_EQ(call("Nothing", latin).error_code(), grpc::StatusCode::UNIMPLEMENTED);
+  EXPECT_TRUE(call("GetLoads", "").ok());
+  service_.key = "secret";
+  EXPECT_EQ(call("ChatCompletion", cut).error_code(), grpc::StatusCode::UNAUTHENTICATED);
+  EXPECT_EQ(service_.started, 0);
+}
+
+TEST_F(GrpcServerTest, CallsAtOnceOnAConnectionAreLimited) {
+  Settings settings;
+  settings.server.grpc_port = 0;
+  settings.limits.grpc_calls_max = 2;
+  auto server = GrpcServer::start(settings, service_);
+  ASSERT_TRUE(server.ok()) << server.status().message();
+  const auto stub = v1::Inference::NewStub(
+      grpc::CreateChannel("127.0.0.1:" + std::to_string((*server)->port()), grpc::InsecureChannelCredentials()));
+  service_.token_us = 20000;
+  v1::ChatCompletionRequest request = chat();
+  request.mutable_sampling()->set_max_tokens(1000);
+  grpc::ClientContext held[2];
+  std::unique_ptr<grpc::ClientReader<v1::ChatCompletionChunk>> readers[2];
+  v1::ChatCompletionChunk chunk;
+  for (int i = 0; i < 2; ++i) {
+    readers[i] = stub->StreamChatCompletion(&held[i], request);
+    ASSERT_TRUE(readers[i]->Read(&chunk));
+  }
+  const auto loads = [&] {  // the client waits for a place, as HTTP/2 has it
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(300));
+    v1::GetLoadsResponse response;
+    return stub->GetLoads(&context, {}, &response).error_code();
+  };
+  EXPECT_EQ(loads(), grpc::StatusCode::DEADLINE_EXCEEDED);
+  for (int i = 0; i < 2; ++i) {
+    held[i].TryCancel();
+    while (readers[i]->Read(&chunk)) {
+    }
+    readers[i]->Finish();
+  }
+  EXPECT_TRUE(eventually([&] { return loads() == grpc::StatusCode::OK; }));
 }
 
 TEST_F(GrpcServerTest, CancelAndDeadlineReachTheGeneration) {

@@ -32,6 +32,7 @@ class HttpApiTest : public testing::Test {
       head += "Content-Length: " + std::to_string(body.size()) + "\r\n";
     }
     client.send(head + "\r\n" + body);
+    if (method == "HEAD") return client.read_all(0.3);  // its length is that of a body which does not come
     std::string reply = client.read_reply();
     if (reply.find("Transfer-Encoding: chunked") != std::string::npos) reply += client.read_until("\r\n0\r\n\r\n");
     return reply;
@@ -157,6 +158,16 @@ TEST_F(HttpApiTest, OrderOfChecks) {
   EXPECT_EQ(
       status_of(send("POST", "/v1/chat/completions", chat_, key + "Content-Type: Application/JSON; charset=utf-8\r\n")),
       200);
+  // Length comes after these, and nobody is asked to send a body that will not be read.
+  const std::string huge = "Expect: 100-continue\r\nContent-Length: 999999999999\r\n";
+  const auto head = [&](const std::string& headers) {
+    HttpSocket client(server_->port());
+    client.send("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + headers + huge + "\r\n");
+    return status_of(client.read_reply());
+  };
+  EXPECT_EQ(head("Content-Type: application/json\r\n"), 401);
+  EXPECT_EQ(head(text + key), 415);
+  EXPECT_EQ(head("Content-Type: application/json\r\n" + key), 413);
   EXPECT_EQ(status_of(send("GET", "/v1/models")), 401);
   EXPECT_EQ(status_of(send("GET", "/metrics")), 401);
   for (const char* const open : {"/live", "/health", "/ready"}) EXPECT_EQ(status_of(send("GET", open)), 200) << open;
@@ -174,6 +185,11 @@ TEST_F(HttpApiTest, GetRoutes) {
   const std::string head = send("HEAD", "/health");
   EXPECT_EQ(status_of(head), 200);
   EXPECT_TRUE(head.ends_with("\r\n\r\n")) << head;
+  EXPECT_NE(head.find("Content-Length: 18\r\n"), std::string::npos) << "of {\"status\":\"ready\"}: " << head;
+  const std::string wrong = send("PUT", "/v1/models");
+  EXPECT_EQ(status_of(wrong), 405);
+  EXPECT_NE(wrong.find("Allow: GET, HEAD\r\n"), std::string::npos);
+  EXPECT_EQ(status_of(send("HEAD", "/v1/chat/completions")), 405);
 }
 
 TEST_F(HttpApiTest, HealthFollowsTheState) {
@@ -214,6 +230,30 @@ TEST_F(HttpApiTest, TheLengthOfRequestIdsIsASetting) {
   start(settings);
   EXPECT_NE(send("GET", "/live", "", "X-Request-Id: abc\r\n").find("X-Request-Id: abc\r\n"), std::string::npos);
   EXPECT_EQ(send("GET", "/live", "", "X-Request-Id: abcd\r\n").find("abcd"), std::string::npos);
+}
+
+TEST_F(HttpApiTest, TheDepthOfJsonIsASetting) {
+  Settings settings;
+  settings.limits.json_depth_max = 5;
+  start(settings);
+  const auto nested = [&](int depth) {
+    return send("POST", "/v1/completions",
+                R"({"prompt":"a","x":)" + std::string(depth - 1, '[') + std::string(depth - 1, ']') + "}");
+  };
+  EXPECT_EQ(status_of(nested(5)), 200);
+  EXPECT_NE(json_of(nested(6))["error"]["message"].get<std::string>().find("5 levels"), std::string::npos);
+}
+
+// Also what is refused before its head was whole has an id that the log knows.
+TEST_F(HttpApiTest, RefusalsOfTheServerCarryAnId) {
+  HttpSocket client(server_->port());
+  client.send("nonsense\r\n\r\n");
+  const std::string reply = client.read_reply();
+  EXPECT_EQ(status_of(reply), 400);
+  EXPECT_EQ(json_of(reply)["error"]["code"], "invalid_request");
+  const size_t at = reply.find("X-Request-Id: ");
+  ASSERT_NE(at, std::string::npos) << reply;
+  EXPECT_EQ(reply.find("\r\n", at) - at, 14u + 32u);
 }
 
 TEST_F(HttpApiTest, CrossOriginOnlyWhenAllowed) {

@@ -28,8 +28,22 @@ class TestHandler : public HttpHandler {
   HttpReply refuse(int status, const std::string& message) override {
     return HttpReply{.status = status, .content_type = "text/plain", .body = message};
   }
-  void finish_reply(const HttpRequest* request, HttpReply& reply) override {
-    if (request != nullptr) reply.headers.emplace_back("X-Path", request->path);
+  void finish_reply(HttpRequest& request, HttpReply& reply) override {
+    reply.headers.emplace_back("X-Path", request.path);
+  }
+  void finished(const HttpRequest& request, const HttpOutcome& outcome) override {
+    const std::lock_guard lock(mutex_);
+    ended_ += request.method + " " + request.path + " " + std::to_string(outcome.status) + outcome.notes + "\n";
+    least_us_ = std::min(least_us_, outcome.us);
+  }
+  // "METHOD PATH STATUS NOTES" of each request that ended, a line each.
+  std::string ended() const {
+    const std::lock_guard lock(mutex_);
+    return ended_;
+  }
+  int64_t least_us() const {
+    const std::lock_guard lock(mutex_);
+    return least_us_;
   }
   std::unique_ptr<HttpTask> handle(HttpRequest request, std::function<void()> wake) override {
     ++handled;
@@ -69,6 +83,7 @@ class TestHandler : public HttpHandler {
       return request_.path.starts_with("/stream/") || request_.path == "/flood" || request_.path == "/silent";
     }
     std::string_view ping() const override { return ": ping\n\n"; }
+    std::string notes() const override { return " task=" + request_.path.substr(1); }
     std::optional<HttpReply> reply() override {
       if (request_.path == "/never") return std::nullopt;
       if (streaming()) return HttpReply{.content_type = "text/event-stream"};
@@ -96,6 +111,10 @@ class TestHandler : public HttpHandler {
     std::string ready_;
     std::atomic<bool> stop_{false}, finished_{false};
   };
+
+  mutable std::mutex mutex_;
+  std::string ended_;
+  int64_t least_us_ = INT64_MAX;
 };
 
 class HttpServerTest : public testing::Test {
@@ -319,8 +338,10 @@ TEST_F(HttpServerTest, HeadLimitsAndNonsense) {
   {
     HttpSocket client(server_->port());
     ASSERT_TRUE(client.send("GET /a HTTP/1.1\r\nHost:"));
-    EXPECT_EQ(client.read_all(3), "");
-    EXPECT_TRUE(client.closed()) << "a slow head is dropped";
+    const std::string reply = client.read_reply(3);
+    EXPECT_TRUE(reply.starts_with("HTTP/1.1 408 ")) << reply;
+    EXPECT_NE(reply.find("Connection: close\r\n"), std::string::npos);
+    EXPECT_NE(reply.find("header_seconds"), std::string::npos);
   }
   {
     HttpSocket client(server_->port());
@@ -330,6 +351,84 @@ TEST_F(HttpServerTest, HeadLimitsAndNonsense) {
   HttpSocket client(server_->port());
   ASSERT_TRUE(client.send(get("/a")));
   EXPECT_EQ(body_of(client.read_reply()), "/a") << "the server goes on";
+}
+
+// One that sent a byte of a request is told what was wrong, one that sent none is not.
+TEST_F(HttpServerTest, IdleConnectionsAreClosedInSilence) {
+  start({.header_seconds = 0.4, .idle_seconds = 0.3});
+  HttpSocket fresh(server_->port()), kept(server_->port()), slow(server_->port());
+  ASSERT_TRUE(kept.send(get("/a")));
+  EXPECT_EQ(body_of(kept.read_reply()), "/a");
+  ASSERT_TRUE(slow.send(get("/a") + "G"));
+  EXPECT_EQ(body_of(slow.read_reply()), "/a");
+  for (HttpSocket* const idle : {&fresh, &kept}) {
+    EXPECT_EQ(idle->read_all(3), "");
+    EXPECT_TRUE(idle->closed());
+  }
+  EXPECT_TRUE(slow.read_reply(3).starts_with("HTTP/1.1 408 "));
+}
+
+// A head that comes in time may come in pieces, and so may the next one.
+TEST_F(HttpServerTest, HeadsInPiecesAreServed) {
+  start({.header_seconds = 2});
+  HttpSocket client(server_->port());
+  for (int i = 0; i < 2; ++i) {
+    for (const char c : post("/echo", "body")) {
+      ASSERT_TRUE(client.send(std::string(1, c)));
+      std::this_thread::sleep_for(1ms);
+    }
+    EXPECT_EQ(body_of(client.read_reply()), "body");
+  }
+}
+
+TEST_F(HttpServerTest, EachRequestIsToldOfOnce) {
+  start({.body_bytes_max = 1000,
+         .connections_max = 2,
+         .header_bytes_max = 2000,
+         .header_seconds = 0.3,
+         .body_seconds = 0.3,
+         .idle_seconds = 0.3});
+  std::string expected;
+  const auto ask = [&](const std::string& bytes, const std::string& line) {
+    HttpSocket client(server_->port());
+    client.send(bytes);
+    client.read_reply(3);
+    client.close();
+    expected += line + "\n";
+    EXPECT_TRUE(eventually([&] { return handler_.ended() == expected; })) << handler_.ended();
+    ASSERT_TRUE(eventually([&] { return server_->num_connections() == 0; }));
+  };
+  ask(get("/a?secret=1"), "GET /a 200 task=a");
+  ask("GET /missing HTTP/1.1\r\nHost: x\r\n\r\n", "GET /missing 404");
+  ask("POST /missing HTTP/1.1\r\nContent-Length: 99\r\n\r\n", "POST /missing 404");
+  ask("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n", "POST /echo 413");
+  ask("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nabc", "POST /echo 408");
+  ask("POST /echo HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "POST /echo 400");
+  ask("GET /long HTTP/1.1\r\nX: " + std::string(3000, 'a') + "\r\n\r\n", "GET /long 431");
+  ask("GET /slow HTTP/1.1\r\nHost:", "GET /slow 408");
+  ask("nonsense\r\n\r\n", "  400");
+  ask(get("/stream/3"), "GET /stream/3 200 task=stream/3");
+  EXPECT_GE(handler_.least_us(), 0);
+  EXPECT_LT(handler_.least_us(), 300'000);
+  {
+    HttpSocket leaves(server_->port());  // before its answer
+    leaves.send(get("/never"));
+    ASSERT_TRUE(eventually([&] { return handler_.alive == 1; }));
+  }
+  expected += "GET /never 0 task=never\n";
+  EXPECT_TRUE(eventually([&] { return handler_.ended() == expected; })) << handler_.ended();
+  HttpSocket silent(server_->port());  // no request, no line
+  EXPECT_EQ(silent.read_all(3), "");
+  std::vector<std::unique_ptr<HttpSocket>> held;
+  for (int i = 0; i < 2; ++i) {
+    held.push_back(std::make_unique<HttpSocket>(server_->port()));
+    held.back()->send(get("/never"));
+  }
+  ASSERT_TRUE(eventually([&] { return handler_.alive == 2; }));
+  HttpSocket extra(server_->port());
+  EXPECT_TRUE(extra.read_reply(3).starts_with("HTTP/1.1 503 "));
+  expected += "  503\n";
+  EXPECT_TRUE(eventually([&] { return handler_.ended() == expected; })) << handler_.ended();
 }
 
 TEST_F(HttpServerTest, ConnectionsBeyondTheLimitAreTurnedAway) {

@@ -52,6 +52,51 @@ TEST(ServerMetricsTest, EverySeriesIsThereFromTheStart) {
   }
 }
 
+// The boundaries of a histogram, as its text names them; without +Inf.
+std::vector<double> buckets_of(const std::string& text, const std::string& series) {
+  std::vector<double> found;
+  std::istringstream lines(text);
+  for (std::string line; std::getline(lines, line);) {
+    const size_t at = line.find("le=\"");
+    if (!line.starts_with(series + "_bucket{") || at == std::string::npos) continue;
+    if (line.compare(at + 4, 4, "+Inf") != 0) found.push_back(std::stod(line.substr(at + 4)));
+  }
+  return found;
+}
+
+// What vLLM's vllm/v1/metrics/loggers.py has: dashboards and alerts name these boundaries.
+TEST(ServerMetricsTest, HistogramsHaveTheBucketsOfVllm) {
+  const ServerMetrics metrics("m");
+  const std::string text = metrics.text();
+  const std::vector<double> between_tokens = {0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2,  0.3,  0.4, 0.5,
+                                              0.75, 1.0,   2.5,  5.0,   7.5, 10.0, 20.0, 40.0, 80.0};
+  const std::vector<double> whole = {0.3,  0.5,  0.8,  1.0,  1.5,   2.0,   2.5,   5.0,   10.0,   15.0,  20.0,
+                                     30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0};
+  std::vector<double> counts;
+  for (double power = 1; power <= 1e6; power *= 10) {
+    for (const double step : {1.0, 2.0, 5.0}) {
+      if (step * power <= 1e6) counts.push_back(step * power);
+    }
+  }
+  EXPECT_EQ(buckets_of(text, "vllm:time_to_first_token_seconds"),
+            (std::vector<double>{0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1,  0.25,  0.5,   0.75,
+                                 1.0,   2.5,   5.0,  7.5,  10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0}));
+  for (const char* const name : {"inter_token_latency_seconds", "request_time_per_output_token_seconds"}) {
+    EXPECT_EQ(buckets_of(text, std::string("vllm:") + name), between_tokens) << name;
+  }
+  for (const char* const name :
+       {"e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds",
+        "request_decode_time_seconds", "request_inference_time_seconds"}) {
+    EXPECT_EQ(buckets_of(text, std::string("vllm:") + name), whole) << name;
+  }
+  for (const char* const name : {"request_prompt_tokens", "request_generation_tokens",
+                                 "request_max_num_generation_tokens", "request_params_max_tokens"}) {
+    EXPECT_EQ(buckets_of(text, std::string("vllm:") + name), counts) << name;
+  }
+  EXPECT_EQ(buckets_of(text, "vllm:iteration_tokens_total"),
+            (std::vector<double>{1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384}));
+}
+
 TEST(ServerMetricsTest, TheCacheIsDescribedOnceItIsKnown) {
   ServerMetrics metrics("m");
   metrics.set_cache(16, 4096, 64, true);

@@ -67,48 +67,9 @@ TEST(OpenAiRequest, ChatFieldsArrive) {
 }
 
 TEST(OpenAiRequest, NullIsAbsentForEveryField) {
-  for (const char* const name : {"model",
-                                 "temperature",
-                                 "top_p",
-                                 "n",
-                                 "stop",
-                                 "max_tokens",
-                                 "max_completion_tokens",
-                                 "presence_penalty",
-                                 "frequency_penalty",
-                                 "logit_bias",
-                                 "logprobs",
-                                 "top_logprobs",
-                                 "seed",
-                                 "stream",
-                                 "stream_options",
-                                 "response_format",
-                                 "tools",
-                                 "tool_choice",
-                                 "parallel_tool_calls",
-                                 "user",
-                                 "top_k",
-                                 "min_p",
-                                 "repetition_penalty",
-                                 "min_tokens",
-                                 "ignore_eos",
-                                 "stop_token_ids",
-                                 "include_stop_str_in_output",
-                                 "allowed_token_ids",
-                                 "prompt_logprobs",
-                                 "truncate_prompt_tokens",
-                                 "chat_template_kwargs",
-                                 "add_generation_prompt",
-                                 "continue_final_message",
-                                 "add_special_tokens",
-                                 "skip_special_tokens",
-                                 "structured_outputs",
-                                 "priority",
-                                 "return_token_ids",
-                                 "bad_words",
-                                 "chat_template",
-                                 "use_beam_search"}) {
-    const auto call = chat("\"" + std::string(name) + "\":null");
+  for (const std::string& name : request_field_names(true)) {
+    if (name == "messages") continue;
+    const auto call = chat("\"" + name + "\":null");
     ASSERT_TRUE(call.ok()) << name << ": " << call.status().message();
     EXPECT_EQ(call->params.temperature, std::nullopt);
     EXPECT_EQ(call->params.max_tokens, std::nullopt);
@@ -116,8 +77,17 @@ TEST(OpenAiRequest, NullIsAbsentForEveryField) {
     EXPECT_TRUE(call->params.add_generation_prompt && call->params.skip_special_tokens);
     EXPECT_TRUE(call->unknown_fields.empty()) << name;
   }
-  for (const char* const name : {"suffix", "best_of", "echo", "logprobs"})
-    EXPECT_TRUE(completion("\"" + std::string(name) + "\":null").ok());
+  for (const std::string& name : request_field_names(false)) {
+    if (name == "prompt") continue;
+    const auto call = completion("\"" + name + "\":null");
+    ASSERT_TRUE(call.ok()) << name << ": " << call.status().message();
+    EXPECT_EQ(call->params.logprobs, std::nullopt);
+    EXPECT_FALSE(call->params.echo || call->stream);
+    EXPECT_TRUE(call->unknown_fields.empty()) << name;
+  }
+  const auto nested = chat(R"("stream":true,"stream_options":{"include_usage":null,"continuous_usage_stats":null})");
+  ASSERT_TRUE(nested.ok()) << nested.status().message();
+  EXPECT_FALSE(nested->include_usage || nested->continuous_usage);
 }
 
 TEST(OpenAiRequest, AcceptedAsNothing) {
@@ -308,7 +278,7 @@ TokenText token(int id, const std::string& bytes, std::optional<float> logprob =
 TEST(OpenAiAnswer, PlainChat) {
   auto call = chat(R"("logprobs":true,"top_logprobs":2,"n":2,"stop_token_ids":[42])");
   PlainAnswer answer(*call, {"chatcmpl-1", 17, "m"});
-  answer.add({.choice = 1, .text = "Bon", .tokens = {token(3, "Bon", -0.5F)}});
+  answer.add({.choice = 1, .text = "<think>Bon</think>", .tokens = {token(3, "Bon", -0.5F)}});
   answer.add({.choice = 0, .text = "He", .tokens = {token(1, "\xe2\x82", -INFINITY)}});
   answer.add({.choice = 0, .text = "y", .tokens = {}, .finish = FinishReason::kStop, .stop_text = "END"});
   answer.add({.choice = 1, .text = "", .finish = FinishReason::kStop, .stop_token = 42});
@@ -326,7 +296,9 @@ TEST(OpenAiAnswer, PlainChat) {
   EXPECT_EQ(entry["bytes"], Json::parse("[226,130]"));
   EXPECT_EQ(entry["token"], "\xef\xbf\xbd");
   EXPECT_EQ(entry["top_logprobs"].size(), 2u);
+  EXPECT_TRUE(first["logprobs"].contains("refusal") && first["logprobs"]["refusal"].is_null());
   EXPECT_EQ(json["choices"][1]["stop_reason"], 42);
+  EXPECT_EQ(json["choices"][1]["message"]["content"], "<think>Bon</think>") << "thoughts stay where they are";
   EXPECT_EQ(json["usage"]["total_tokens"], 8);
   EXPECT_EQ(json["usage"]["prompt_tokens_details"]["cached_tokens"], 4);
 }
@@ -478,8 +450,9 @@ TEST(OpenAiAnswer, ModelsAndTokens) {
   const ModelInfo model{.names = {"a", "b/c"}, .root = "r", .max_model_len = 10, .created_s = 5};
   const Json list = Json::parse(models_json(model));
   EXPECT_EQ(list["object"], "list");
-  EXPECT_EQ(list["data"][1]["id"], "b/c");
-  EXPECT_EQ(list["data"][0]["max_model_len"], 10);
+  EXPECT_EQ(list["data"].size(), 2u);
+  EXPECT_EQ(list["data"][1], Json::parse(R"({"id":"b/c","object":"model","created":5,"owned_by":"moed","root":"r",
+                                              "parent":null,"max_model_len":10})"));
   EXPECT_EQ(Json::parse(model_json(model, "a"))["object"], "model");
   EXPECT_EQ(Json::parse(tokenize_json({.tokens = {1, 2}, .max_model_len = 9})),
             Json::parse(R"({"count":2,"max_model_len":9,"tokens":[1,2],"token_strs":null})"));

@@ -196,6 +196,28 @@ TEST_F(ServingLoopTest, ADeadDoorIsNoticedWhereverItsRequestIs) {
   wait_idle();
 }
 
+// What /live is told by: fresh while there is nothing to do, stale while a layer does not come back.
+TEST_F(ServingLoopTest, TheHeartbeatStandsStillWithTheEngine) {
+  constexpr int64_t kLayerUs = 800'000;
+  begin(64, kLayerUs);
+  const auto oldest_us = [&](int64_t milliseconds) {
+    int64_t oldest = 0;
+    for (int64_t i = 0; i < milliseconds / 5; ++i) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+      oldest = std::max(oldest, now_us() - loop_->heartbeat_us());
+    }
+    return oldest;
+  };
+  const int64_t idle_us = oldest_us(500);
+  EXPECT_LT(idle_us, kLayerUs / 2);
+  {
+    const Client client(*loop_, 1, prompt(8, 1), 1);
+    EXPECT_GT(oldest_us(1000), kLayerUs / 2);
+  }
+  wait_idle();
+  EXPECT_LT(oldest_us(300), kLayerUs / 2);
+}
+
 TEST_F(ServingLoopTest, StopFailsWhatStillRuns) {
   begin(1024, 5'000);
   Client client(*loop_, 1, prompt(10, 1), 4000);

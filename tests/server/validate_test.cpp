@@ -75,12 +75,107 @@ TEST_F(ValidateTest, CompletionsTakeSixteenOrWhatIsLeft) {
 TEST_F(ValidateTest, DefaultsComeFromTheModel) {
   context_.defaults.temperature = 0.25;
   context_.defaults.top_k = 7;
+  context_.defaults.top_p = 0.75;
+  context_.defaults.min_p = 0.125;
+  context_.defaults.repetition_penalty = 1.5;
   GenerationParams params = completion("a");
-  params.top_p = 0.5;
-  const auto valid = validate(params, context_);
+  auto valid = validate(params, context_);
   EXPECT_FLOAT_EQ(valid->requests[0].sampling.temperature, 0.25F);
   EXPECT_EQ(valid->requests[0].sampling.top_k, 7);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.top_p, 0.75F);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.min_p, 0.125F);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.repetition_penalty, 1.5F);
+  params.temperature = 0.0;
+  params.top_k = 0;
+  params.top_p = 0.5;
+  params.min_p = 0.0;
+  params.repetition_penalty = 1.0;
+  valid = validate(params, context_);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.temperature, 0.0F);
+  EXPECT_EQ(valid->requests[0].sampling.top_k, 0);
   EXPECT_FLOAT_EQ(valid->requests[0].sampling.top_p, 0.5F);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.min_p, 0.0F);
+  EXPECT_FLOAT_EQ(valid->requests[0].sampling.repetition_penalty, 1.0F);
+}
+
+TEST_F(ValidateTest, FieldsReachTheRequest) {
+  GenerationParams params = completion("abc");
+  params.n = 3;
+  params.priority = -5;
+  params.seed = -1;
+  params.min_tokens = 2;
+  params.max_tokens = 9;
+  params.ignore_eos = true;
+  params.skip_special_tokens = false;
+  params.include_stop_str_in_output = true;
+  params.stop = {"x", "yz"};
+  params.stop_token_ids = {7, 8};
+  params.presence_penalty = 0.5;
+  params.frequency_penalty = -0.5;
+  params.logit_bias = {{5, -100.0}};
+  params.allowed_token_ids = std::vector<int64_t>{4, 6};
+  const auto valid = validate(params, context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  const RequestSpec& request = valid->requests[0];
+  EXPECT_EQ(request.n, 3);
+  EXPECT_EQ(request.priority, -5);
+  EXPECT_EQ(request.max_tokens, 9);
+  EXPECT_TRUE(request.ignore_eos);
+  EXPECT_EQ(request.stop_token_ids, (std::vector<int32_t>{7, 8}));
+  EXPECT_EQ(request.eos_token_ids, (std::vector<int32_t>{3}));
+  EXPECT_EQ(request.sampling.seed, UINT64_MAX);
+  EXPECT_EQ(request.sampling.min_tokens, 2);
+  EXPECT_FLOAT_EQ(request.sampling.presence_penalty, 0.5F);
+  EXPECT_FLOAT_EQ(request.sampling.frequency_penalty, -0.5F);
+  EXPECT_EQ(request.sampling.logit_bias, (std::vector<std::pair<int32_t, float>>{{5, -100.0F}}));
+  EXPECT_EQ(request.sampling.allowed_token_ids, (std::vector<int32_t>{4, 6}));
+  EXPECT_EQ(valid->text.stop, (std::vector<std::string>{"x", "yz"}));
+  EXPECT_TRUE(valid->text.include_stop);
+  EXPECT_FALSE(valid->text.skip_special_tokens);
+}
+
+// The fixture's template, and one that shows what it is given.
+TEST_F(ValidateTest, HowAChatBeginsAndEndsIsTheCallersChoice) {
+  const auto text = [&](const GenerationParams& params) {
+    const auto valid = validate(params, context_);
+    EXPECT_TRUE(valid.ok()) << valid.status().message();
+    return valid.ok() ? *tokenizer_->decode(valid->requests[0].prompt, false) : "";
+  };
+  GenerationParams params = chat(R"([{"role":"user","content":"q"},{"role":"assistant","content":"I th"}])");
+  params.add_generation_prompt = false;
+  const std::string closed = text(params);
+  EXPECT_TRUE(closed.ends_with("I th<|im_end|>\n")) << closed;
+  params.continue_final_message = true;
+  const std::string open = text(params);
+  EXPECT_TRUE(open.ends_with("assistant\nI th")) << open;
+  params.add_generation_prompt = true;
+  expect_refused(params, "continue_final_message", "add_generation_prompt");
+
+  auto shows = ChatTemplate::from_source("{{ mood }}:{{ messages[0].content }}");
+  ASSERT_TRUE(shows.ok()) << shows.status().message();
+  context_.chat_template = shows->get();
+  params = chat(R"([{"role":"user","content":"hi"}])");
+  params.template_kwargs_json = R"({"mood":"glad"})";
+  EXPECT_EQ(text(params), "glad:hi");
+}
+
+// Templates write their own special tokens: the tokenizer adds its BOS to completions alone, unless told otherwise.
+TEST_F(ValidateTest, SpecialTokensAreAddedToCompletionsAlone) {
+  const auto tokenizer = load_tokenizer(byte_fallback_tokenizer());
+  context_.tokenizer = tokenizer.get();
+  context_.vocab_size = tokenizer->vocab_size();
+  const int32_t bos = *tokenizer->token_to_id("<s>");
+  const auto first = [&](GenerationParams params, std::optional<bool> add) {
+    params.add_special_tokens = add;
+    const auto valid = validate(params, context_);
+    EXPECT_TRUE(valid.ok()) << valid.status().message();
+    return valid.ok() ? valid->requests[0].prompt.front() : -1;
+  };
+  const GenerationParams talk = chat(R"([{"role":"user","content":"hi"}])");
+  EXPECT_EQ(first(completion("hi"), std::nullopt), bos);
+  EXPECT_NE(first(completion("hi"), false), bos);
+  EXPECT_NE(first(talk, std::nullopt), bos);
+  EXPECT_EQ(first(talk, true), bos);
 }
 
 TEST_F(ValidateTest, ContentPartsAreJoinedAndOthersRefused) {
@@ -96,6 +191,13 @@ TEST_F(ValidateTest, DeveloperBecomesSystem) {
   const auto valid = validate(chat(R"([{"role":"developer","content":"d"}])"), context_);
   ASSERT_TRUE(valid.ok());
   EXPECT_NE(tokenizer_->decode(valid->requests[0].prompt, false)->find("system\nd"), std::string::npos);
+  auto knows = ChatTemplate::from_source(
+      "{% for m in messages %}{{ 'dev' if m.role == 'developer' else m.role }}:{{ m.content }};{% endfor %}");
+  ASSERT_TRUE(knows.ok());
+  context_.chat_template = knows->get();
+  const auto kept = validate(chat(R"([{"role":"developer","content":"d"}])"), context_);
+  ASSERT_TRUE(kept.ok()) << kept.status().message();
+  EXPECT_EQ(*tokenizer_->decode(kept->requests[0].prompt, false), "dev:d;");
 }
 
 TEST_F(ValidateTest, BadMessages) {

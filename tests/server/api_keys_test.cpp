@@ -1,0 +1,45 @@
+#include "server/api_keys.h"
+
+#include <gtest/gtest.h>
+
+#include "tests/text/tokenizer_fixture.h"
+
+namespace moed {
+namespace {
+
+TEST(ApiKeysTest, EachLineOfTheFileAndTheVariableIsAKey) {
+  const TempFolder folder;
+  folder.write("keys", "first\n\nsecond \r\nthird");
+  const auto keys = ApiKeys::load(folder.str() + "/keys", "fourth");
+  ASSERT_TRUE(keys.ok()) << keys.status().message();
+  EXPECT_FALSE(keys->empty());
+  for (const char* const key : {"first", "second", "third", "fourth"}) EXPECT_TRUE(keys->accepts(key)) << key;
+  for (const char* const key : {"", "firs", "firstx", "First", "first\n", " first", "fifth", "second "}) {
+    EXPECT_FALSE(keys->accepts(key)) << key;
+  }
+}
+
+TEST(ApiKeysTest, NoneAtAllAndTheVariableAlone) {
+  const auto none = ApiKeys::load("", "");
+  ASSERT_TRUE(none.ok());
+  EXPECT_TRUE(none->empty());
+  const auto one = ApiKeys::load("", "key");
+  ASSERT_TRUE(one.ok());
+  EXPECT_TRUE(one->accepts("key"));
+  EXPECT_FALSE(one->accepts(""));
+}
+
+// A file that was meant to close the door must not leave it open.
+TEST(ApiKeysTest, AFileWithoutKeysIsAnError) {
+  const TempFolder folder;
+  folder.write("empty", "\n \r\n\n");
+  for (const std::string name : {"/empty", "/missing"}) {
+    const auto keys = ApiKeys::load(folder.str() + name, "");
+    ASSERT_FALSE(keys.ok()) << name;
+    EXPECT_NE(keys.status().message().find(folder.str() + name), std::string::npos) << keys.status().message();
+    EXPECT_NE(keys.status().message().find("api_key_file"), std::string::npos);
+  }
+}
+
+}  // namespace
+}  // namespace moed
