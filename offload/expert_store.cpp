@@ -37,7 +37,7 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
   int32_t num_moe_layers = 0;
   for (const LayerKind kind : config.layers)
     store.moe_index_.push_back(kind == LayerKind::kMoe ? num_moe_layers++ : -1);
-  const int64_t stride = stride_bytes(store.shape_);
+  const int64_t stride = store.stride_bytes_ = stride_bytes(store.shape_);
   const int64_t bytes = store.blobs_bytes_ = stride * num_moe_layers * store.num_experts_;
   MOED_ASSIGN_OR_RETURN(store.arena_, source.hollow() ? HugePages::reserve(bytes) : HugePages::allocate(bytes));
   if (source.hollow()) {
@@ -58,8 +58,7 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
 }
 
 int64_t ExpertStore::piece_bytes(const HostPins& pins) const {
-  const int64_t stride = stride_bytes(shape_);
-  return std::max<int64_t>(1, pins.chunk_bytes() / stride) * stride;
+  return std::max<int64_t>(1, pins.chunk_bytes() / stride_bytes_) * stride_bytes_;
 }
 
 // Piece by piece: while one is read, the one before is pinned.
@@ -67,7 +66,7 @@ Status ExpertStore::read(const TensorSource& source, std::span<const TensorLoad>
                          const std::function<void(int64_t)>& progress, HostPins* pins) {
   if (pins == nullptr || blobs_bytes_ == 0) return load_tensors(source, {loads.begin(), loads.end()}, progress);
   const int64_t piece = piece_bytes(*pins);
-  const auto piece_loads = static_cast<size_t>(piece / stride_bytes(shape_) * 3);
+  const auto piece_loads = static_cast<size_t>(piece / stride_bytes_ * 3);
   std::future<void> pinned;
   for (int64_t begin = 0; begin < blobs_bytes_; begin += piece) {
     const auto some = loads.first(std::min(piece_loads, loads.size()));
@@ -94,7 +93,7 @@ BlobView ExpertStore::blob(ExpertId id) const {
              id.expert >= 0 && id.expert < num_experts_)
       << "layer " << id.layer << ", expert " << id.expert;
   const int64_t index = int64_t{moe_index_[id.layer]} * num_experts_ + id.expert;
-  return {arena_.data() + index * stride_bytes(shape_), shape_};
+  return {arena_.data() + index * stride_bytes_, shape_};
 }
 
 }  // namespace moed

@@ -40,6 +40,7 @@ class ExpertStore {
 
   HugePages arena_;
   BlobShape shape_;
+  int64_t stride_bytes_ = 0;  // from blob to blob
   int32_t num_experts_ = 0;
   int64_t blobs_bytes_ = 0;
   std::vector<int32_t> moe_index_;  // [num_layers]: among MoE layers; -1 for dense ones
