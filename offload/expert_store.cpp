@@ -4,6 +4,9 @@
 #include <future>
 #include <utility>
 
+#include "base/cpu_places.h"
+#include "base/log.h"
+#include "base/numa.h"
 #include "model/load_tensors.h"
 #include "model/required_tensors.h"
 
@@ -26,6 +29,17 @@ void add_loads(const Model& model, ExpertId id, std::byte* blob, std::vector<Ten
   }
 }
 
+// Over all nodes that the compute threads may run on, so that each thread reads as fast as the others and together they
+// have the bandwidth of all; on a machine of one node nothing happens.
+void spread(const HugePages& arena) {
+  const std::vector<int> nodes = numa_nodes(allowed_cpus());
+  if (nodes.size() < 2 || arena.size() == 0) return;
+  if (const Status status = interleave(arena.data(), arena.size(), nodes); !status.ok()) {
+    spdlog::warn("the experts' memory lies where it is written first, not on {} nodes in turn: {}", nodes.size(),
+                 status.message());
+  }
+}
+
 }  // namespace
 
 StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& source,
@@ -40,6 +54,7 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
   const int64_t stride = store.stride_bytes_ = stride_bytes(store.shape_);
   const int64_t bytes = store.blobs_bytes_ = stride * num_moe_layers * store.num_experts_;
   MOED_ASSIGN_OR_RETURN(store.arena_, source.hollow() ? HugePages::reserve(bytes) : HugePages::allocate(bytes));
+  if (!source.hollow()) spread(store.arena_);
   if (source.hollow()) {
     if (pins != nullptr) store.pin(*pins);
     return store;

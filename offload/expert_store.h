@@ -21,6 +21,7 @@ class ExpertStore {
  public:
   // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call. Errors
   // as TensorSource::read and HugePages::allocate.
+  // With several memory nodes its pages lie on them in turn where the kernel permits; else a line in the log says so.
   // pins, where given, gets the store's memory, piece by piece while later ones are read; it dies before the store.
   static StatusOr<ExpertStore> load(const Model& model, const TensorSource& source,
                                     const std::function<void(int64_t)>& progress, HostPins* pins = nullptr);
