@@ -25,8 +25,8 @@ BOUNDS = [
           ("Qwen3-30B-A3B", "qwen3-30b-a3b", "rtx4090", ""),
           ("Qwen3-30B-A3B", "qwen3-30b-a3b", "rtx5060ti", ""),
           ("Qwen3-30B-A3B", "qwen3-30b-a3b", "a40", "--device-memory-gib 16"))),
-    ("device: Mixtral, 8 layers, streamed, 12288 clients", "rtx5060ti", "--shape mixtral-8x7b --layers 8 --policy stream "
-     "--clients 12288 --prompt 4 --new 16 --pass-rows-max 12288"),
+    ("device: Mixtral, 8 layers, streamed, 12288 clients, two halves", "rtx5060ti", "--shape mixtral-8x7b --layers 8 "
+     "--policy stream --halves 2 --clients 12288 --prompt 4 --new 16 --pass-rows-max 12288"),
     ("device: Mixtral resident, 64 clients", "h200", "--shape mixtral-8x7b --policy device --kv device --clients 64 "
      "--prompt 64 --new 64"),
     ("device: Qwen3-30B-A3B resident, 64 clients", "h200", "--shape qwen3-30b-a3b --policy device --kv device "
