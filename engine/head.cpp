@@ -19,11 +19,13 @@ SampleContext context_of(const StepSequence& sequence) {
 }  // namespace
 
 EngineBytes Head::bytes(const ModelConfig& model, int32_t rows_max, bool device_is_host) {
-  const int64_t rows = std::min(rows_max, kRowsMax);
-  const int64_t logits = rows * model.vocab_size * int64_t{sizeof(float)};
-  return {.device_bytes = rows * model.hidden_size * int64_t{sizeof(Bf16)} + logits,
-          .host_bytes = rows * int64_t{sizeof(int32_t)} +
-                        (device_is_host ? 0 : logits + rows * int64_t{sizeof(SampleRow) + sizeof(int32_t)})};
+  const int64_t crossing = std::min(rows_max, kRowsMax);
+  const int64_t rows = device_is_host ? crossing : std::min(rows_max, kDrawnRowsMax);
+  const int64_t logits_row = model.vocab_size * int64_t{sizeof(float)};
+  EngineBytes bytes{.device_bytes = rows * (model.hidden_size * int64_t{sizeof(Bf16)} + logits_row),
+                    .host_bytes = rows * int64_t{sizeof(int32_t)}};
+  if (!device_is_host) bytes.host_bytes += crossing * logits_row + rows * int64_t{sizeof(SampleRow) + sizeof(int32_t)};
+  return bytes;
 }
 
 StatusOr<Head> Head::make(const ModelConfig& model, const DenseViews& weights, int32_t rows_max, Device& device,
@@ -37,15 +39,16 @@ StatusOr<Head> Head::make(const ModelConfig& model, const DenseViews& weights, i
   head.stream_ = &stream;
   for (size_t i = 0; i < (device.is_host() ? 1 : kChunksMax); ++i) head.arrived_.push_back(device.make_event());
   head.rows_max_ = std::min(rows_max, kRowsMax);
+  head.drawn_rows_max_ = device.is_host() ? head.rows_max_ : std::min(rows_max, kDrawnRowsMax);
   head.pass_rows_max_ = rows_max;
-  const int64_t rows = head.rows_max_;
+  const int64_t rows = head.drawn_rows_max_;
   MOED_ASSIGN_OR_RETURN(head.rows_memory_, device.allocate(rows * int64_t{sizeof(int32_t)}, Memory::kMapped));
   MOED_ASSIGN_OR_RETURN(head.normed_memory_,
                         device.allocate(rows * model.hidden_size * int64_t{sizeof(Bf16)}, Memory::kDevice));
-  const int64_t logits_bytes = rows * model.vocab_size * int64_t{sizeof(float)};
-  MOED_ASSIGN_OR_RETURN(head.logits_memory_, device.allocate(logits_bytes, Memory::kDevice));
+  const int64_t logits_row = model.vocab_size * int64_t{sizeof(float)};
+  MOED_ASSIGN_OR_RETURN(head.logits_memory_, device.allocate(rows * logits_row, Memory::kDevice));
   if (!device.is_host()) {
-    MOED_ASSIGN_OR_RETURN(head.host_logits_, device.allocate(logits_bytes, Memory::kPinned));
+    MOED_ASSIGN_OR_RETURN(head.host_logits_, device.allocate(head.rows_max_ * logits_row, Memory::kPinned));
     MOED_ASSIGN_OR_RETURN(head.samples_memory_, device.allocate(rows * int64_t{sizeof(SampleRow)}, Memory::kMapped));
     MOED_ASSIGN_OR_RETURN(head.tokens_memory_, device.allocate(rows * int64_t{sizeof(int32_t)}, Memory::kMapped));
   }
@@ -56,8 +59,10 @@ std::vector<SequenceOutput> Head::run(RunningPass& pass, HostLane& lane) {
   std::vector<SequenceOutput> outputs;
   plan(pass, outputs);
   const std::span<const Task> tasks(tasks_);
-  for (size_t begin = 0; begin < tasks.size(); begin += static_cast<size_t>(rows_max_)) {
-    const auto block = tasks.subspan(begin, std::min(tasks.size() - begin, static_cast<size_t>(rows_max_)));
+  for (size_t begin = 0; begin < tasks.size();) {
+    const auto rows_max = static_cast<size_t>(tasks[begin].on_device ? drawn_rows_max_ : rows_max_);
+    const auto block = tasks.subspan(begin, std::min(tasks.size() - begin, rows_max));
+    begin += block.size();
     const auto num_crossing = static_cast<size_t>(
         std::count_if(block.begin(), block.end(), [](const Task& task) { return !task.on_device; }));
     compute(pass, block, num_crossing);

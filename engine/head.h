@@ -16,8 +16,10 @@ namespace moed {
 // among the host's compute threads; which thread takes one changes nothing. Serving thread only.
 class Head {
  public:
-  // Rows whose logits stand in memory at once.
+  // Rows whose logits stand in memory at once: where the host chooses, and where the device draws, which reads the
+  // head's weights the less often.
   static constexpr int32_t kRowsMax = 64;
+  static constexpr int32_t kDrawnRowsMax = 256;
   // Errors: kResourceExhausted with the bytes asked for.
   static StatusOr<Head> make(const ModelConfig& model, const DenseViews& weights, int32_t rows_max, Device& device,
                              Stream& stream);
@@ -64,14 +66,15 @@ class Head {
   Ops* ops_ = nullptr;
   Stream* stream_ = nullptr;
   std::vector<std::unique_ptr<Event>> arrived_;  // a chunk each
-  Buffer rows_memory_;                           // [kRowsMax] row indices, mapped
-  Buffer normed_memory_;                         // [kRowsMax, hidden] bf16
-  Buffer logits_memory_;                         // [kRowsMax, vocab] fp32
-  Buffer host_logits_;  // the same in pinned memory; empty where the device is the host, which reads the others
+  Buffer rows_memory_;                           // [drawn_rows_max_] row indices, mapped
+  Buffer normed_memory_;                         // [drawn_rows_max_, hidden] bf16
+  Buffer logits_memory_;                         // [drawn_rows_max_, vocab] fp32
+  Buffer host_logits_;  // [rows_max_, vocab], pinned; empty where the device is the host, which reads the others
   // Empty where the device is the host.
-  Buffer samples_memory_;  // [kRowsMax] SampleRow, mapped
-  Buffer tokens_memory_;   // [kRowsMax], mapped
-  int32_t rows_max_ = 0;
+  Buffer samples_memory_;       // [drawn_rows_max_] SampleRow, mapped
+  Buffer tokens_memory_;        // [drawn_rows_max_], mapped
+  int32_t rows_max_ = 0;        // of a block in which some cross
+  int32_t drawn_rows_max_ = 0;  // of one in which none does
   int32_t pass_rows_max_ = 0;
   std::vector<Ordered> members_;
   std::vector<Task> tasks_;                // those of the host first

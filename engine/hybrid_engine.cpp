@@ -18,6 +18,8 @@ namespace {
 
 // An interactive pass and a bulk pass.
 constexpr int32_t kPassesMax = RowsId::kPasses;
+// The lanes of one pass in so many are measured where that costs; odd, so that of passes in turn each kind is.
+constexpr int64_t kLanesEvery = 7;
 
 class HybridEngine : public Engine {
  public:
@@ -43,7 +45,7 @@ class HybridEngine : public Engine {
     MOED_ASSIGN_OR_RETURN(weights_, held(DeviceWeights::make(weights, device_, *stream_)));
     for (int32_t i = 0; i < kPassesMax; ++i) {
       MOED_ASSIGN_OR_RETURN(PassBuffers buffers, PassBuffers::allocate(model_, config_, device_));
-      slots_.push_back(std::make_unique<PassSlot>(i, std::move(buffers), device_, *stream_));
+      slots_.push_back(std::make_unique<PassSlot>(i, std::move(buffers), device_, *stream_, turn_));
     }
     MOED_RETURN_IF_ERROR(make_pools());
     MOED_ASSIGN_OR_RETURN(head_, held(Head::make(model_, weights_->views(), config_.rows_max, device_, *stream_)));
@@ -71,6 +73,8 @@ class HybridEngine : public Engine {
     const auto free =
         std::find_if(slots_.begin(), slots_.end(), [](const std::unique_ptr<PassSlot>& slot) { return !slot->taken; });
     MOED_CHECK(free != slots_.end()) << "more than " << kPassesMax << " passes are alive";
+    (*free)->clock.reset(device_.events_are_free() || num_begun_ % kLanesEvery == 0);
+    ++num_begun_;
     auto state = std::make_unique<RunningPass>(**free, sequences, plan, model_, config_);
     pipeline_->begin(*state);
     return Pass(std::move(state));
@@ -84,7 +88,7 @@ class HybridEngine : public Engine {
     Pass ended = std::move(pass);
     RunningPass& state = running(ended);
     MOED_CHECK(state.empty() || state.layer == model_.num_layers) << "a pass ends in layer " << state.layer;
-    state.clock().mark(Lane::kIdle);
+    state.clock().resume();
     StepOutput output;
     output.sequences = head_->run(state, *lane_);
     output.times = state.clock().times();
@@ -176,6 +180,8 @@ class HybridEngine : public Engine {
   Device& device_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<DeviceWeights> weights_;
+  StepClock::Turn turn_;
+  int64_t num_begun_ = 0;  // passes
   std::vector<std::unique_ptr<PassSlot>> slots_;
   std::unique_ptr<KvPool> kv_;
   std::unique_ptr<KvPool> device_kv_;  // null: none

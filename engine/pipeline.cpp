@@ -25,7 +25,7 @@ Pipeline::Pipeline(const PipelineInputs& inputs, Device& device, Stream& stream,
       moe_(moe) {}
 
 void Pipeline::begin(RunningPass& pass) {
-  pass.clock().mark(Lane::kIdle);
+  pass.clock().resume();
   moe_.prefetch(pass);
   for (const Half& half : pass.halves()) {
     const RowViews rows = pass.rows(half);
@@ -37,7 +37,7 @@ void Pipeline::begin(RunningPass& pass) {
 
 bool Pipeline::advance(RunningPass& pass) {
   if (pass.empty() || pass.layer == model_.num_layers) return false;
-  pass.clock().mark(Lane::kIdle);
+  pass.clock().resume();
   moe_.prefetch(pass);
   for (const Half& half : pass.halves()) {
     if (half.num_rows == 0) continue;

@@ -15,8 +15,8 @@ constexpr int32_t kStagedRowsMin = 8;
 
 }  // namespace
 
-PassSlot::PassSlot(int32_t slot_index, PassBuffers pass_buffers, Device& device, Stream& stream)
-    : index(slot_index), buffers(std::move(pass_buffers)), clock(device, stream) {
+PassSlot::PassSlot(int32_t slot_index, PassBuffers pass_buffers, Device& device, Stream& stream, StepClock::Turn& turn)
+    : index(slot_index), buffers(std::move(pass_buffers)), clock(device, stream, turn) {
   if (device.is_host()) return;
   for (auto& half : attention) half.emplace(device);
 }
@@ -28,7 +28,6 @@ RunningPass::RunningPass(PassSlot& slot, std::span<const StepSequence> sequences
   MOED_CHECK(static_cast<int64_t>(sequences.size()) <= config.sequences_max)
       << sequences.size() << " sequences in a pass of at most " << config.sequences_max;
   slot.taken = true;
-  slot.clock.reset();
   int32_t row = 0;
   int64_t table_used = 0;
   const auto num_sequences = static_cast<int32_t>(sequences.size());

@@ -57,7 +57,7 @@ struct Half {
 
 // One of the two places for a live pass: what is taken at start and kept.
 struct PassSlot {
-  PassSlot(int32_t index, PassBuffers pass_buffers, Device& device, Stream& stream);
+  PassSlot(int32_t index, PassBuffers pass_buffers, Device& device, Stream& stream, StepClock::Turn& turn);
 
   const int32_t index;  // among the engine's
 
@@ -73,7 +73,8 @@ struct PassSlot {
 // may still be at.
 class RunningPass : public PassState {
  public:
-  // REQUIRES: slot not taken; sequences and plan valid (checked: rows, blocks, positions, tokens within their ranges).
+  // REQUIRES: slot not taken, its clock reset; sequences and plan valid (checked: rows, blocks, positions, tokens
+  // within their ranges).
   RunningPass(PassSlot& slot, std::span<const StepSequence> sequences, const StepPlan& plan, const ModelConfig& model,
               const EngineConfig& config);
   ~RunningPass() override;

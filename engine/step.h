@@ -76,7 +76,8 @@ struct SequenceOutput {
 
 // Measured times of a pass, microseconds of the device's clock.
 struct StepTimes {
-  double total_us = 0.0;  // begin to finish, waits for other passes excluded
+  bool lanes_measured = true;  // false: the four parts of total_us below are 0; LaneEstimate makes up for them
+  double total_us = 0.0;       // begin to finish, waits for other passes excluded
   // What the device's stream was spent on, waits for the host and for copies included; they add up to total_us.
   double attention_us = 0.0;
   double experts_us = 0.0;

@@ -107,6 +107,8 @@ class Device {
   virtual StatusOr<Buffer> allocate(int64_t bytes, Memory memory) = 0;
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
+  // Whether to record one costs next to nothing.
+  virtual bool events_are_free() const { return is_host(); }
   virtual Ops& ops() = 0;
   // The host lane: ops on the compute threads of the host, over host and mapped memory. They have run when they return,
   // and come after all that the host has joined; `stream` must be host_stream(), whose events are of the host lane. On

@@ -61,6 +61,8 @@ class TracedDevice final : public Device {
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return inner_->allocate(bytes, memory); }
   std::unique_ptr<Stream> make_stream() override;
   std::unique_ptr<Event> make_event() override;
+  // Few beside those of the trace.
+  bool events_are_free() const override { return true; }
   Ops& ops() override { return *ops_; }
   Ops& host_ops() override { return *host_ops_; }
   Stream& host_stream() override { return *host_stream_; }

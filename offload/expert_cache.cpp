@@ -21,10 +21,15 @@ constexpr float kCopyMargin = 1.25F;
 }  // namespace
 
 ExpertCache::ExpertCache(int32_t num_experts, std::span<const int32_t> shares, std::span<const uint8_t> resident)
-    : num_experts_(num_experts), layers_(shares.size()), top_(num_experts), visited_(num_experts) {
+    : num_experts_(num_experts),
+      layers_(shares.size()),
+      top_(num_experts),
+      chosen_(num_words(num_experts)),
+      visited_(num_experts) {
   const auto num_layers = static_cast<int32_t>(shares.size());
   const size_t words = num_words(num_experts);
   for (size_t i = 0; i < decays_.size(); ++i) decays_[i] = std::exp2(-1.0F / kHalfLives[i]);
+  for (auto& scores : scores_) scores.resize(shares.size() * size_t(num_experts));
   for (int32_t l = 0; l < num_layers; ++l) {
     Layer& layer = layers_[l];
     layer.share = shares[l];
@@ -34,40 +39,43 @@ ExpertCache::ExpertCache(int32_t num_experts, std::span<const int32_t> shares, s
     for (int32_t expert = 0; expert < num_experts; ++expert) {
       if (resident[l * num_experts + expert] != 0) set_bit(layer.resident, expert);
     }
-    for (auto& scores : layer.scores) scores.resize(num_experts);
     const int32_t tries = std::min(num_layers, kGhostLayers);
     if (layer.share > 0 && int64_t{l} * tries / num_layers != int64_t{l + 1} * tries / num_layers) {
       layer.ghosts.resize(kHalfLives.size());
       for (Ghost& ghost : layer.ghosts) ghost.names.resize(words);
     }
-    top_.choose(layer.scores[rule_], layer.resident, layer.kept, layer.share, layer.wanted);
+    top_.choose(scores(l), layer.resident, layer.kept, layer.share, layer.wanted);
   }
+}
+
+void ExpertCache::visit(std::span<const int32_t> counts) {
+  bits_above_0(counts, chosen_);
+  for (int32_t expert = 0; expert < num_experts_; ++expert) visited_[expert] = counts[expert] > 0 ? 1.0F : 0.0F;
 }
 
 void ExpertCache::routed(int32_t layer_index, std::span<const int32_t> counts) {
   Layer& layer = layers_[layer_index];
-  if (!layer.ghosts.empty()) try_ghosts(layer, counts);
-  for (int32_t expert = 0; expert < num_experts_; ++expert) visited_[expert] = counts[expert] > 0 ? 1.0F : 0.0F;
+  ++layer.num_changes;
+  visit(counts);
+  if (!layer.ghosts.empty()) try_ghosts(layer);
   for (size_t i = 0; i < decays_.size(); ++i) {
-    float* scores = layer.scores[i].data();
+    float* scores = scores_[i].data() + size_t(layer_index) * num_experts_;
     for (int32_t expert = 0; expert < num_experts_; ++expert) {
       scores[expert] = scores[expert] * decays_[i] + visited_[expert];
     }
   }
   for (size_t i = 0; i < layer.ghosts.size(); ++i) {
     Ghost& ghost = layer.ghosts[i];
-    top_.choose(layer.scores[i], layer.resident, ghost.names, layer.share, ghost.names);
+    top_.choose(scores(layer_index, i), layer.resident, ghost.names, layer.share, ghost.names);
   }
-  top_.choose(layer.scores[rule_], layer.resident, layer.kept, layer.share, layer.wanted);
+  top_.choose(scores(layer_index), layer.resident, layer.kept, layer.share, layer.wanted);
 }
 
 // Before the scores learn of the visit: what each ghost would have held.
-void ExpertCache::try_ghosts(Layer& layer, std::span<const int32_t> counts) {
+void ExpertCache::try_ghosts(Layer& layer) {
   for (Ghost& ghost : layer.ghosts) {
     int32_t hits = 0;
-    for (int32_t expert = 0; expert < num_experts_; ++expert) {
-      hits += counts[expert] > 0 && has_bit(ghost.names, expert) ? 1 : 0;
-    }
+    for (size_t word = 0; word < chosen_.size(); ++word) hits += std::popcount(chosen_[word] & ghost.names[word]);
     ghost.hits = ghost.hits * kHitDecay + static_cast<float>(hits);
   }
   choose_rule();
@@ -79,7 +87,9 @@ void ExpertCache::choose_rule() {
     for (size_t i = 0; i < layer.ghosts.size(); ++i) hits[i] += layer.ghosts[i].hits;
   }
   const auto best = std::max_element(hits.begin(), hits.end());
-  if (*best > hits[rule_] * kRuleMargin) rule_ = static_cast<int32_t>(best - hits.begin());
+  if (*best <= hits[rule_] * kRuleMargin) return;
+  rule_ = static_cast<int32_t>(best - hits.begin());
+  ++num_rules_;
 }
 
 int32_t ExpertCache::keep(int32_t layer_index, int32_t expert) {
@@ -105,22 +115,12 @@ void ExpertCache::drop(int32_t layer_index, int32_t expert) {
   MOED_CHECK(has_bit(layer.kept, expert)) << "expert " << expert;
   clear_bit(layer.kept, expert);
   --layer.num_kept;
-}
-
-int32_t ExpertCache::missing(int32_t layer_index, int32_t expert) const {
-  const Layer& layer = layers_[layer_index];
-  if (expert >= num_experts_) return -1;
-  uint64_t mask = ~uint64_t{0} << expert % 64;
-  for (size_t word = static_cast<size_t>(expert) / 64; word < layer.wanted.size(); ++word, mask = ~uint64_t{0}) {
-    const uint64_t bits = layer.wanted[word] & ~layer.kept[word] & mask;
-    if (bits != 0) return static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
-  }
-  return -1;
+  ++layer.num_changes;
 }
 
 bool ExpertCache::gains(int32_t layer_index, int32_t expert) const {
   const Layer& layer = layers_[layer_index];
-  const std::vector<float>& scores = layer.scores[rule_];
+  const std::span<const float> scores = this->scores(layer_index);
   if (layer.num_kept < layer.share) return scores[expert] > 0.0F;
   float least = scores[expert];
   for (size_t word = 0; word < layer.kept.size(); ++word) {

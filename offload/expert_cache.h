@@ -33,12 +33,17 @@ class ExpertCache {
   int32_t keep(int32_t layer, int32_t expert);
   // It never came. REQUIRES: kept().
   void drop(int32_t layer, int32_t expert);
-  // The next expert of the layer, from `expert` on, that should be kept and is not; -1: none.
-  int32_t missing(int32_t layer, int32_t expert) const;
+  // Those of the layer's experts [64 * word, +64) that should be kept and are not.
+  uint64_t missing(int32_t layer, size_t word) const {
+    return layers_[layer].wanted[word] & ~layers_[layer].kept[word];
+  }
+  // Grows whenever an expert of the layer that did not gain might.
+  int64_t num_changes(int32_t layer) const { return layers_[layer].num_changes + num_rules_; }
   // Whether a missing expert is so much better than one that is kept in its stead that it is worth a copy.
   bool gains(int32_t layer, int32_t expert) const;
-  float score(int32_t layer, int32_t expert) const { return layers_[layer].scores[rule_][expert]; }
-  std::span<const float> scores(int32_t layer) const { return layers_[layer].scores[rule_]; }
+  // Of an expert by its ExpertIndex.
+  float score(int32_t expert) const { return scores_[rule_][expert]; }
+  std::span<const float> scores(int32_t layer) const { return scores(layer, rule_); }
   // Index into kHalfLives.
   int32_t rule() const { return rule_; }
 
@@ -50,22 +55,30 @@ class ExpertCache {
   struct Layer {
     int32_t share = 0;
     int32_t num_kept = 0;
+    int64_t num_changes = 0;
     ExpertBits resident;
     ExpertBits wanted;
     ExpertBits kept;
-    std::array<std::vector<float>, kHalfLives.size()> scores;  // [num_experts]
-    std::vector<Ghost> ghosts;                                 // one a half-life; none in layers that do not try
+    std::vector<Ghost> ghosts;  // one a half-life; none in layers that do not try
   };
 
-  void try_ghosts(Layer& layer, std::span<const int32_t> counts);
+  std::span<const float> scores(int32_t layer, size_t rule) const {
+    return std::span(scores_[rule]).subspan(size_t(layer) * num_experts_, num_experts_);
+  }
+  // chosen_, visited_
+  void visit(std::span<const int32_t> counts);
+  void try_ghosts(Layer& layer);
   void choose_rule();
 
   const int32_t num_experts_;
   std::vector<Layer> layers_;
   std::array<float, kHalfLives.size()> decays_;
+  std::array<std::vector<float>, kHalfLives.size()> scores_;  // [layers * num_experts]
   int32_t rule_ = 0;
+  int64_t num_rules_ = 0;  // times that another took over
   TopExperts top_;
-  std::vector<float> visited_;  // [num_experts]: 1 for those that the rows of a visit chose
+  ExpertBits chosen_;           // by the rows of a visit
+  std::vector<float> visited_;  // [num_experts]: 1 for those
 };
 
 }  // namespace moed

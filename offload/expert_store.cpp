@@ -4,6 +4,9 @@
 #include <future>
 #include <utility>
 
+#include "base/cpu_places.h"
+#include "base/log.h"
+#include "base/numa.h"
 #include "model/load_tensors.h"
 #include "model/required_tensors.h"
 
@@ -26,6 +29,17 @@ void add_loads(const Model& model, ExpertId id, std::byte* blob, std::vector<Ten
   }
 }
 
+// Over all nodes that the compute threads may run on, so that each thread reads as fast as the others and together they
+// have the bandwidth of all; on a machine of one node nothing happens.
+void spread(const HugePages& arena) {
+  const std::vector<int> nodes = numa_nodes(allowed_cpus());
+  if (nodes.size() < 2 || arena.size() == 0) return;
+  if (const Status status = interleave(arena.data(), arena.size(), nodes); !status.ok()) {
+    spdlog::warn("the experts' memory lies where it is written first, not on {} nodes in turn: {}", nodes.size(),
+                 status.message());
+  }
+}
+
 }  // namespace
 
 StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& source,
@@ -37,9 +51,10 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
   int32_t num_moe_layers = 0;
   for (const LayerKind kind : config.layers)
     store.moe_index_.push_back(kind == LayerKind::kMoe ? num_moe_layers++ : -1);
-  const int64_t stride = stride_bytes(store.shape_);
+  const int64_t stride = store.stride_bytes_ = stride_bytes(store.shape_);
   const int64_t bytes = store.blobs_bytes_ = stride * num_moe_layers * store.num_experts_;
   MOED_ASSIGN_OR_RETURN(store.arena_, source.hollow() ? HugePages::reserve(bytes) : HugePages::allocate(bytes));
+  if (!source.hollow()) spread(store.arena_);
   if (source.hollow()) {
     if (pins != nullptr) store.pin(*pins);
     return store;
@@ -58,8 +73,7 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
 }
 
 int64_t ExpertStore::piece_bytes(const HostPins& pins) const {
-  const int64_t stride = stride_bytes(shape_);
-  return std::max<int64_t>(1, pins.chunk_bytes() / stride) * stride;
+  return std::max<int64_t>(1, pins.chunk_bytes() / stride_bytes_) * stride_bytes_;
 }
 
 // Piece by piece: while one is read, the one before is pinned.
@@ -67,7 +81,7 @@ Status ExpertStore::read(const TensorSource& source, std::span<const TensorLoad>
                          const std::function<void(int64_t)>& progress, HostPins* pins) {
   if (pins == nullptr || blobs_bytes_ == 0) return load_tensors(source, {loads.begin(), loads.end()}, progress);
   const int64_t piece = piece_bytes(*pins);
-  const auto piece_loads = static_cast<size_t>(piece / stride_bytes(shape_) * 3);
+  const auto piece_loads = static_cast<size_t>(piece / stride_bytes_ * 3);
   std::future<void> pinned;
   for (int64_t begin = 0; begin < blobs_bytes_; begin += piece) {
     const auto some = loads.first(std::min(piece_loads, loads.size()));
@@ -94,7 +108,7 @@ BlobView ExpertStore::blob(ExpertId id) const {
              id.expert >= 0 && id.expert < num_experts_)
       << "layer " << id.layer << ", expert " << id.expert;
   const int64_t index = int64_t{moe_index_[id.layer]} * num_experts_ + id.expert;
-  return {arena_.data() + index * stride_bytes(shape_), shape_};
+  return {arena_.data() + index * stride_bytes_, shape_};
 }
 
 }  // namespace moed

@@ -21,6 +21,7 @@ class ExpertStore {
  public:
   // progress (may be empty) is called from the calling thread with the bytes that arrived since its last call. Errors
   // as TensorSource::read and HugePages::allocate.
+  // With several memory nodes its pages lie on them in turn where the kernel permits; else a line in the log says so.
   // pins, where given, gets the store's memory, piece by piece while later ones are read; it dies before the store.
   static StatusOr<ExpertStore> load(const Model& model, const TensorSource& source,
                                     const std::function<void(int64_t)>& progress, HostPins* pins = nullptr);
@@ -40,6 +41,7 @@ class ExpertStore {
 
   HugePages arena_;
   BlobShape shape_;
+  int64_t stride_bytes_ = 0;  // from blob to blob
   int32_t num_experts_ = 0;
   int64_t blobs_bytes_ = 0;
   std::vector<int32_t> moe_index_;  // [num_layers]: among MoE layers; -1 for dense ones

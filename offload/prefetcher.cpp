@@ -136,11 +136,16 @@ int32_t Prefetcher::next(FunctionRef<bool(int32_t expert)> absent) {
 int32_t Prefetcher::next_popular(FunctionRef<bool(int32_t expert)> absent) {
   for (; popular_left_ > 0; --popular_left_) {
     const int32_t first = popular_layer_ * index_.num_experts();
-    for (int32_t expert = cache_.missing(popular_layer_, 0); expert >= 0;
-         expert = cache_.missing(popular_layer_, expert + 1)) {
-      if (cache_.gains(popular_layer_, expert) && absent(first + expert)) return first + expert;
+    Layer& layer = layers_[popular_layer_];
+    const int64_t changes = cache_.num_changes(popular_layer_);
+    for (size_t word = 0; layer.changes_seen != changes && word < num_words(index_.num_experts()); ++word) {
+      for (uint64_t bits = cache_.missing(popular_layer_, word); bits != 0; bits &= bits - 1) {
+        const int32_t expert = static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
+        if (absent(first + expert) && cache_.gains(popular_layer_, expert)) return first + expert;
+      }
     }
-    popular_layer_ = (popular_layer_ + 1) % index_.num_layers();
+    layer.changes_seen = changes;
+    popular_layer_ = popular_layer_ + 1 == index_.num_layers() ? 0 : popular_layer_ + 1;
   }
   return -1;
 }

@@ -63,6 +63,7 @@ class Prefetcher {
     bool trusted = false;
     int64_t visits = 0;
     int64_t num_scored = 0;
+    int64_t changes_seen = -1;  // ExpertCache::num_changes() when none of its experts gained that was absent
   };
 
   // The lookahead of the layer is trusted and named the first `count` of keys_.

@@ -117,9 +117,13 @@ class Ring final : public ExpertRing {
     const size_t words = num_words(index_.num_experts());
     return std::span(present_).subspan(static_cast<size_t>(moe_layer) * words, words);
   }
-  Lease lease(int32_t slot);
+  Lease lease(int32_t slot, ExpertId id);
   // Puts the slot into the list that it belongs to.
-  void settle(int32_t slot);
+  void settle(int32_t slot) {
+    const Slot& at = slots_[slot];
+    if (at.list >= 0 || !(at.kept || at.leases > 0 || at.resident)) relist(slot);
+  }
+  void relist(int32_t slot);
   int32_t take_for_demand();
   int32_t take_for_prefetch();
   void evict(int32_t slot);
@@ -260,9 +264,9 @@ std::string Ring::description() const {
   return text;
 }
 
-Lease Ring::lease(int32_t slot) {
+Lease Ring::lease(int32_t slot, ExpertId id) {
   Lease lease;
-  lease.id_ = index_.id(slots_[slot].expert);
+  lease.id_ = id;
   lease.view_ = {data(slot), shape_};
   lease.slot_ = slot;
   ++slots_[slot].leases;
@@ -270,7 +274,7 @@ Lease Ring::lease(int32_t slot) {
   return lease;
 }
 
-void Ring::settle(int32_t index) {
+void Ring::relist(int32_t index) {
   Slot& slot = slots_[index];
   if (idle_.holds(index)) idle_.remove(index);
   if (ahead_.holds(index)) ahead_.remove(index);
@@ -301,7 +305,7 @@ std::optional<Lease> Ring::acquire(ExpertId id) {
     prefetcher_.streamed();
     assign(slot, expert);
   }
-  Lease result = lease(slot);
+  Lease result = lease(slot, id);
   slots_[slot].unused = false;
   keep_if_wanted(expert);
   settle(slot);
@@ -318,9 +322,10 @@ void Ring::acquire_present(int32_t layer, std::vector<Lease>& leases) {
   const std::span<const uint64_t> present = present_of(index_.moe_layer(layer));
   for (size_t word = 0; word < present.size(); ++word) {
     for (uint64_t bits = present[word]; bits != 0; bits &= bits - 1) {
-      const int32_t slot = slot_of_[first + static_cast<int32_t>(word) * 64 + std::countr_zero(bits)];
+      const int32_t expert = static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
+      const int32_t slot = slot_of_[first + expert];
       if (slots_[slot].fill < Fill::kSubmitted) continue;
-      leases.push_back(lease(slot));
+      leases.push_back(lease(slot, {layer, expert}));
       slots_[slot].offered = true;
       settle(slot);
     }
@@ -378,8 +383,7 @@ int32_t Ring::take_for_demand() {
   int32_t slot = idle_.front();
   for (int32_t i = 0; slot >= 0 && i < kLookMax; ++i, slot = idle_.after(slot)) {
     if (slots_[slot].expert < 0) return slot;
-    const float score =
-        cache_.score(slots_[slot].expert / index_.num_experts(), slots_[slot].expert % index_.num_experts());
+    const float score = cache_.score(slots_[slot].expert);
     if (best >= 0 && score >= best_score) continue;
     best = slot;
     best_score = score;
@@ -457,11 +461,12 @@ void Ring::routed(int32_t layer, RowsId rows, std::span<const int32_t> counts) {
   }
   prefetcher_.routed(moe_layer, rows, counts);
   cache_.routed(moe_layer, counts);
-  for (int32_t expert = cache_.missing(moe_layer, 0); expert >= 0; expert = cache_.missing(moe_layer, expert + 1)) {
-    const int32_t slot = slot_of_[first + expert];
-    if (slot < 0) continue;
-    keep_if_wanted(first + expert);
-    settle(slot);
+  for (size_t word = 0; word < present.size(); ++word) {
+    for (uint64_t bits = cache_.missing(moe_layer, word) & present[word]; bits != 0; bits &= bits - 1) {
+      const int32_t expert = first + static_cast<int32_t>(word) * 64 + std::countr_zero(bits);
+      keep_if_wanted(expert);
+      settle(slot_of_[expert]);
+    }
   }
 }
 

@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <array>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 #include "plan/plan.h"
@@ -7,12 +9,8 @@
 namespace moed {
 namespace {
 
-// Most rows first, then the lower expert, as one number that sorts.
-uint64_t sort_key(int32_t rows, size_t expert) {
-  return (static_cast<uint64_t>(UINT32_MAX - static_cast<uint32_t>(rows)) << 32) | expert;
-}
-int32_t rows_of(uint64_t key) { return static_cast<int32_t>(UINT32_MAX - static_cast<uint32_t>(key >> 32)); }
-size_t expert_of(uint64_t key) { return static_cast<size_t>(key & UINT32_MAX); }
+// While no expert has more rows they are sorted by counters; with more the layer takes so long that a sort is nothing.
+constexpr int32_t kCountersMax = 255;
 
 }  // namespace
 
@@ -26,47 +24,61 @@ struct ExpertPlacer::Cut {
   double us = std::numeric_limits<double>::infinity();
 
   bool streamed(int32_t i) const { return i == joins || (i >= begin && i < end && i != leaves); }
+  // The last one of the order that is streamed. REQUIRES: there is one.
+  int32_t last() const {
+    if (joins >= end) return joins;
+    const int32_t last = leaves == end - 1 ? end - 2 : end - 1;
+    return last < begin ? joins : last;
+  }
 };
 
+double ExpertPlacer::host_us(const ExpertCosts& costs, int32_t count, int64_t rows) const {
+  return count * costs.host_base_us + static_cast<double>(rows) * costs.host_row_us;
+}
+
+// When the device has run the resident experts and `count` streamed ones of `rows` together. It never rests once it
+// rests no more for a copy; as experts come with ever fewer rows, that is so from the first copy on, or else it waits
+// for the last one.
+double ExpertPlacer::device_us(const ExpertCosts& costs, int32_t count, int64_t rows, int32_t last_rows) const {
+  if (count == 0) return resident_us_;
+  return std::max(std::max(resident_us_, costs.copy_us) + static_cast<double>(rows) * costs.device_row_us,
+                  count * costs.copy_us + last_rows * costs.device_row_us);
+}
+
 ExpertPlacer::Ends ExpertPlacer::ends(const ExpertCosts& costs, const Cut& cut) const {
-  Ends ends{.host_us = 0.0, .device_us = resident_us_};
-  double copy_us = 0.0;
-  for (int32_t i = 0; i < static_cast<int32_t>(order_.size()); ++i) {
-    const double rows = rows_of(order_[i]);
-    if (cut.streamed(i)) {
-      copy_us += costs.copy_us;
-      ends.device_us = std::max(ends.device_us, copy_us) + rows * costs.device_row_us;
-    } else {
-      ends.host_us += costs.host_base_us + rows * costs.host_row_us;
-    }
-  }
-  return ends;
+  const auto num_absent = static_cast<int32_t>(order_.size());
+  const int32_t count = cut.end - cut.begin;
+  int64_t rows = rows_before_[cut.end] - rows_before_[cut.begin];
+  if (cut.leaves >= 0) rows += order_[cut.joins].rows - order_[cut.leaves].rows;
+  return {.host_us = host_us(costs, num_absent - count, rows_before_.back() - rows),
+          .device_us = device_us(costs, count, rows, count > 0 ? order_[cut.last()].rows : 0)};
 }
 
 // Both ends of the order: few copies when the experts with most rows are streamed, few rows when those with least are.
+// The more are streamed the later the device ends and the sooner the host, so the best is where they meet, or one less.
 ExpertPlacer::Cut ExpertPlacer::best_cut(const ExpertCosts& costs) const {
   const auto num_absent = static_cast<int32_t>(order_.size());
-  double all_host_us = 0.0;
-  for (const uint64_t key : order_) all_host_us += costs.host_base_us + rows_of(key) * costs.host_row_us;
-  Cut best{.us = std::max(all_host_us, resident_us_)};
-  double copy_us = 0.0, device_us = resident_us_, host_us = all_host_us;
-  for (int32_t end = 1; end <= num_absent; ++end) {
-    const double rows = rows_of(order_[end - 1]);
-    copy_us += costs.copy_us;
-    device_us = std::max(device_us, copy_us) + rows * costs.device_row_us;
-    host_us -= costs.host_base_us + rows * costs.host_row_us;
-    if (const double us = std::max(device_us, host_us); us < best.us) best = {.begin = 0, .end = end, .us = us};
-  }
-  // One more at the front delays all copies behind it by one.
-  double rows_us = 0.0, arrivals_us = 0.0;
-  host_us = all_host_us;
-  for (int32_t begin = num_absent - 1; begin >= 0; --begin) {
-    const double rows = rows_of(order_[begin]);
-    rows_us += rows * costs.device_row_us;
-    arrivals_us = costs.copy_us + std::max(rows_us, arrivals_us);
-    host_us -= costs.host_base_us + rows * costs.host_row_us;
-    const double us = std::max({resident_us_ + rows_us, arrivals_us, host_us});
-    if (us < best.us) best = {.begin = begin, .end = num_absent, .us = us};
+  Cut best;
+  for (const bool front : {true, false}) {
+    const auto cut_of = [&](int32_t count) {
+      return front ? Cut{.begin = 0, .end = count} : Cut{.begin = num_absent - count, .end = num_absent};
+    };
+    int32_t low = 0;
+    for (int32_t high = num_absent; low < high;) {
+      const int32_t middle = (low + high) / 2;
+      const Ends met = ends(costs, cut_of(middle));
+      if (met.device_us >= met.host_us) {
+        high = middle;
+      } else {
+        low = middle + 1;
+      }
+    }
+    for (const int32_t count : {low - 1, low}) {
+      if (count < 0) continue;
+      Cut cut = cut_of(count);
+      cut.us = ends(costs, cut).makespan_us();
+      if (cut.us < best.us) best = cut;
+    }
   }
   return best;
 }
@@ -83,7 +95,7 @@ void ExpertPlacer::swap_one(const ExpertCosts& costs, Cut& cut) const {
   double nearest_us = std::numeric_limits<double>::infinity();
   Cut swapped = cut;
   for (int32_t i = cut.begin, j = host_begin; i < cut.end && j < host_end;) {
-    const double rows = rows_of(order_[i]) - rows_of(order_[j]);
+    const double rows = order_[i].rows - order_[j].rows;
     const double us =
         std::max(before.host_us + rows * costs.host_row_us, before.device_us - rows * costs.device_row_us);
     if (us < nearest_us) {
@@ -102,20 +114,46 @@ void ExpertPlacer::swap_one(const ExpertCosts& costs, Cut& cut) const {
   if (swapped.us < cut.us) cut = swapped;
 }
 
+void ExpertPlacer::sort_absent(std::span<const int32_t> rows, std::span<Place> places) {
+  if (unsorted_.size() < rows.size()) unsorted_.resize(rows.size());
+  resident_rows_ = 0;
+  int32_t rows_max = 0;
+  // Without branches: which experts are wanted cannot be foreseen.
+  size_t num_absent = 0;
+  for (size_t expert = 0; expert < rows.size(); ++expert) {
+    const int32_t wanting = std::max(rows[expert], 0);
+    const bool resident = places[expert] == Place::kResident;
+    const int32_t absent_rows = resident ? 0 : wanting;
+    resident_rows_ += wanting - absent_rows;
+    places[expert] = resident ? Place::kResident : Place::kHost;
+    unsorted_[num_absent] = {static_cast<int32_t>(expert), absent_rows};
+    num_absent += absent_rows > 0 ? 1 : 0;
+    rows_max = std::max(rows_max, absent_rows);
+  }
+  const std::span absent(unsorted_.data(), num_absent);
+  order_.resize(num_absent);
+  if (rows_max > kCountersMax) {
+    std::copy(absent.begin(), absent.end(), order_.begin());
+    std::sort(order_.begin(), order_.end(), [](const Absent& a, const Absent& b) {
+      return a.rows != b.rows ? a.rows > b.rows : a.expert < b.expert;
+    });
+  } else {
+    std::array<int32_t, kCountersMax + 1> begin;  // of those with so many rows
+    std::fill_n(begin.begin(), rows_max + 1, 0);
+    for (const Absent& each : absent) ++begin[each.rows];
+    for (int32_t r = rows_max, at = 0; r >= 0; --r) at += std::exchange(begin[r], at);
+    for (const Absent& each : absent) order_[begin[each.rows]++] = each;
+  }
+  rows_before_.resize(order_.size() + 1);
+  int64_t before = 0;
+  for (size_t i = 0; i < order_.size(); ++i) rows_before_[i + 1] = before += order_[i].rows;
+}
+
 void ExpertPlacer::place(const ExpertCosts& costs, std::span<const int32_t> rows, std::span<Place> places) {
   MOED_CHECK(rows.size() == places.size()) << rows.size() << " counts of rows for " << places.size() << " places";
-  order_.clear();
-  resident_us_ = 0.0;
-  for (size_t expert = 0; expert < rows.size(); ++expert) {
-    if (places[expert] == Place::kResident) {
-      if (rows[expert] > 0) resident_us_ += rows[expert] * costs.device_row_us;
-      continue;
-    }
-    places[expert] = Place::kHost;
-    if (rows[expert] > 0) order_.push_back(sort_key(rows[expert], expert));
-  }
+  sort_absent(rows, places);
   if (order_.empty() || !costs.device_allowed()) return;
-  std::sort(order_.begin(), order_.end());
+  resident_us_ = static_cast<double>(resident_rows_) * costs.device_row_us;
   const auto num_absent = static_cast<int32_t>(order_.size());
   Cut best{.begin = 0, .end = num_absent};
   if (costs.host_allowed()) {
@@ -132,7 +170,7 @@ void ExpertPlacer::place(const ExpertCosts& costs, std::span<const int32_t> rows
     }
   }
   for (int32_t i = 0; i < num_absent; ++i) {
-    if (best.streamed(i)) places[expert_of(order_[i])] = Place::kStreamed;
+    if (best.streamed(i)) places[order_[i].expert] = Place::kStreamed;
   }
 }
 

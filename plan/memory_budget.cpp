@@ -21,8 +21,11 @@ constexpr int64_t kReserveBytes = int64_t{512} << 20;
 constexpr int64_t kReserveShare = 8;
 // KV by default: so many full contexts, or what is left if that is less.
 constexpr int64_t kContextsDefault = 16;
-// Logits are computed for so many rows at a time.
+// Logits are computed for so many rows at a time: where the host chooses tokens, and where the device draws them.
 constexpr int64_t kLogitRows = 64;
+constexpr int64_t kDrawnLogitRows = 256;
+// Of a row's logits in tables: its index, how its token is drawn, the token.
+constexpr int64_t kTableBytes = 64;
 // Tables of the experts' addresses: one a layer, and those of the calls that are under way.
 constexpr int64_t kTablesUnderWay = 64;
 // A context below this (or below the model's own) serves nobody.
@@ -64,7 +67,8 @@ int64_t resident_ffn_bytes(const ModelConfig& config, LayerKind kind) {
 }
 
 // Rows, tables and logits of two passes of pass_rows_max rows, and the rope table of one context.
-int64_t activation_bytes(const ModelConfig& config, const BudgetLimits& limits, int64_t context_tokens) {
+int64_t activation_bytes(const ModelConfig& config, const BudgetLimits& limits, int64_t context_tokens,
+                         int64_t logit_rows) {
   const int64_t hidden = config.hidden_size, q = config.q_size(), kv = config.kv_size();
   int64_t choices = 1, intermediate = 0;
   for (int32_t layer = 0; layer < config.num_layers; ++layer) {
@@ -80,11 +84,11 @@ int64_t activation_bytes(const ModelConfig& config, const BudgetLimits& limits, 
   const int64_t row_bytes = floats * kFloatBytes + halves * kBf16Bytes + tables;
   const int64_t blocks_a_context = (context_tokens + limits.block_tokens - 1) / limits.block_tokens;
   const int64_t sequence_bytes = blocks_a_context * kFloatBytes + 64;
-  const int64_t logit_bytes = kLogitRows * (config.vocab_size * kFloatBytes + hidden * kBf16Bytes + kFloatBytes);
-  const int64_t pass_bytes =
-      limits.pass_rows_max * row_bytes + limits.sequences_max * sequence_bytes + logit_bytes + 4096;
+  const int64_t logit_bytes = std::min<int64_t>(logit_rows, limits.pass_rows_max) *
+                              (config.vocab_size * kFloatBytes + hidden * kBf16Bytes + kTableBytes);
+  const int64_t pass_bytes = limits.pass_rows_max * row_bytes + limits.sequences_max * sequence_bytes + 4096;
   const int64_t expert_tables = (config.num_layers + kTablesUnderWay) * (config.moe.num_experts + 1) * kAddressBytes;
-  return kNumPasses * pass_bytes + expert_tables + context_tokens * config.rope.rotary_dim * kFloatBytes;
+  return kNumPasses * pass_bytes + logit_bytes + expert_tables + context_tokens * config.rope.rotary_dim * kFloatBytes;
 }
 
 Status check_limits(const ModelConfig& config, const BudgetLimits& limits, const MachineMemory& machine) {
@@ -150,7 +154,7 @@ DeviceDemand device_demand(const ModelConfig& config, const BudgetLimits& limits
                            int64_t context_tokens, int64_t context_min) {
   const int64_t num_experts = num_routed_experts(config);
   return {.dense_weight_bytes = budget.dense_weight_bytes,
-          .activation_bytes = budget.activation_bytes,
+          .activation_bytes = activation_bytes(config, limits, context_tokens, kDrawnLogitRows),
           .block_bytes = config.kv_bytes_per_token() * limits.block_tokens,
           .staging_block_bytes = config.kv_bytes_per_token() / config.num_layers * limits.block_tokens,
           .context_blocks = blocks_of(context_tokens, limits),
@@ -200,7 +204,7 @@ StatusOr<MemoryBudget> memory_budget(const ModelConfig& config, const BudgetLimi
   const int64_t context_min = limits.max_model_len > 0 ? context_tokens : std::min(context_tokens, kContextMin);
   MemoryBudget budget{.dense_weight_bytes = dense_weight_bytes(config),
                       .expert_weight_bytes = expert_weight_bytes(config),
-                      .activation_bytes = activation_bytes(config, limits, context_tokens),
+                      .activation_bytes = activation_bytes(config, limits, context_tokens, kLogitRows),
                       .process_bytes = kProcessBytes,
                       .free_bytes = machine.host_free_bytes,
                       .free_source = machine.source};

@@ -89,11 +89,22 @@ class ExpertPlacer {
     double device_us = 0.0;
     double makespan_us() const { return host_us > device_us ? host_us : device_us; }
   };
+  void sort_absent(std::span<const int32_t> rows, std::span<Place> places);
+  double host_us(const ExpertCosts& costs, int32_t count, int64_t rows) const;
+  double device_us(const ExpertCosts& costs, int32_t count, int64_t rows, int32_t last_rows) const;
   Ends ends(const ExpertCosts& costs, const Cut& cut) const;
   Cut best_cut(const ExpertCosts& costs) const;
   void swap_one(const ExpertCosts& costs, Cut& cut) const;
 
-  std::vector<uint64_t> order_;  // absent experts that rows want: most rows first, then the lower expert
+  // Absent experts that rows want: most rows first, then the lower expert.
+  struct Absent {
+    int32_t expert;
+    int32_t rows;
+  };
+  std::vector<Absent> order_;
+  std::vector<Absent> unsorted_;
+  std::vector<int64_t> rows_before_;  // [order_ + 1]: of those before each
+  int64_t resident_rows_ = 0;
   double resident_us_ = 0.0;
 };
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <utility>
 
+#include "engine/lane_estimate.h"
 #include "plan/bound.h"
 
 namespace moed {
@@ -158,7 +159,7 @@ class BenchLoop {
     const StepShape shape = scheduler_.shape(kind);
     const StepOutput output = engine_.finish(std::exchange(pass(kind), Pass()));
     tracker_.observe(shape, output.times.total_us);
-    add(sums_.lanes, output.times);
+    add(sums_.lanes, lane_estimate_.of(output.times));
     for (const TokenEvent& event : scheduler_.commit(kind, output, now_us())) MOED_RETURN_IF_ERROR(take(event));
     if (!steady_begun_ &&
         std::all_of(clients_.begin(), clients_.end(), [](const Client& c) { return c.requests > 0; })) {
@@ -213,6 +214,7 @@ class BenchLoop {
   Engine& engine_;
   Scheduler scheduler_;
   Tracker tracker_;
+  LaneEstimate lane_estimate_;
   const int32_t num_requests_;
   uint64_t random_;
   std::vector<Client> clients_;

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "engine/lane_estimate.h"
+
 namespace moed {
 namespace {
 
@@ -104,6 +106,7 @@ struct ServerMetrics::State {
   prometheus::Counter* device_expert_rows = nullptr;
   prometheus::Counter* copy_wait = nullptr;
   std::vector<prometheus::Counter*> lanes;  // as kLaneTimes
+  LaneEstimate lane_estimate;               // of the serving thread
 
   prometheus::Gauge* gauge(const char* name, const char* help) {
     return &prometheus::BuildGauge().Name(name).Help(help).Labels(labels).Register(registry).Add({});
@@ -201,19 +204,23 @@ void ServerMetrics::add_own_series() {
                         .Register(s.registry)
                         .Add({{"kind", "experts"}});
   s.copy_wait = s.counter("moed:expert_copy_wait_seconds_total", "Time with nothing to do but wait for copies.");
-  auto& lanes = prometheus::BuildCounter()
-                    .Name("moed:lane_seconds")
-                    .Help("Time of passes: stretches of the device's stream, and what the host lane did meanwhile.")
-                    .Labels(s.labels)
-                    .Register(s.registry);
+  auto& lanes =
+      prometheus::BuildCounter()
+          .Name("moed:lane_seconds")
+          .Help(
+              "Time of passes: stretches of the device's stream, estimated from some passes where marks cost, "
+              "and what the host lane did meanwhile.")
+          .Labels(s.labels)
+          .Register(s.registry);
   for (const LaneTime& lane : kLaneTimes) s.lanes.push_back(&lanes.Add({{"lane", lane.name}, {"kind", "measured"}}));
 }
 
 ServerMetrics::~ServerMetrics() = default;
 
 void ServerMetrics::add_times(const StepTimes& times) {
+  const StepTimes estimate = state_->lane_estimate.of(times);
   for (size_t lane = 0; lane < kLaneTimes.size(); ++lane) {
-    state_->lanes[lane]->Increment(times.*kLaneTimes[lane].time_us * 1e-6);
+    state_->lanes[lane]->Increment(estimate.*kLaneTimes[lane].time_us * 1e-6);
   }
 }
 

@@ -51,6 +51,7 @@ FORBIDDEN = [
     (re.compile(r"(?<![\w.])/(wor[k]|hom[e]/\w+|roo[t])/"), "a path of somebody's machine"),
     (re.compile(r"<<<<<<[<] |>>>>>>[>] "), "a merge conflict"),
     (re.compile(r"\b(TOD[O]|FIXM[E]|XX[X])\b(?!\()"), "an open end without its reason: TOD" "O(reason)"),
+    (re.compile(r"testing::TempDi[r]"), "a folder that cases which run at once share: tests/support/temporary_folder.h"),
 ]
 
 

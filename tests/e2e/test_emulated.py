@@ -109,7 +109,8 @@ def test_experts_ran_where_the_policy_says(placed):
     (["--device", "emulated", "--device-memory-gib", "0.1", "--ring-slots", "1"], "placement.ring_slots is 1, but"),
     (["--device", "emulated", "--device-memory-gib", "0.1", "--resident-experts", "1:4"], "the experts of a layer are 0 to 3"),
     (["--device", "simulated:machine.toml"], "cannot serve"),
-    (["--policy", "hot"], "placement.policy is hot, but device.device is cpu"),
+    (["--device", "cpu", "--policy", "hot"], "placement.policy is hot, but device.device is cpu"),
+    (["--policy", "hot"], "placement.policy is hot, but device.device has no memory of its own"),
 ])
 def test_refusals(tiny_model, flags, wanted):
     clean = {name: value for name, value in os.environ.items() if not name.startswith("MOED_")}

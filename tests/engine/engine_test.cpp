@@ -1,10 +1,14 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
+#include <string_view>
+#include <thread>
 
 #include "engine/kv_pool.h"
+#include "engine/lane_estimate.h"
 #include "plan/memory_budget.h"
 #include "tests/engine/engine_box.h"
 #include "tests/engine/late_device.h"
@@ -188,6 +192,26 @@ TEST_P(EngineTest, TimesAddUp) {
               1e-6 * times.total_us);
 }
 
+// Beside the host events cost: there one pass in seven has its lanes measured. Whichever has, all sums come out.
+TEST_P(EngineTest, LanesAreMeasuredInSomePassesAndCountForAll) {
+  const StepSequence one = sequence(1, blocks_ab_);
+  LaneEstimate estimate;
+  double total_us = 0.0;
+  double lanes_us = 0.0;
+  for (int pass = 0; pass < 15; ++pass) {
+    SCOPED_TRACE(pass);
+    const StepTimes times = run(box_.engine().begin({&one, 1}, box_.plan(1))).times;
+    EXPECT_EQ(times.lanes_measured, std::string_view(GetParam()) == "cpu" || pass % 7 == 0);
+    EXPECT_GT(times.total_us, 0.0);
+    EXPECT_EQ(times.experts_us > 0.0, times.lanes_measured);
+    const StepTimes sums = estimate.of(times);
+    EXPECT_EQ(sums.total_us, times.total_us);
+    total_us += sums.total_us;
+    lanes_us += sums.attention_us + sums.experts_us + sums.dense_us + sums.sample_us;
+  }
+  EXPECT_NEAR(lanes_us, total_us, 1e-6 * total_us);
+}
+
 TEST_P(EngineTest, BrokenSequencesEndTheProcess) {
   const auto begin = [&](const StepSequence& broken) { box_.engine().begin({&broken, 1}, box_.plan(1)); };
   const std::vector<int32_t> outside = {0, 16};
@@ -205,6 +229,68 @@ TEST_P(EngineTest, BrokenSequencesEndTheProcess) {
   StepPlan plan = box_.plan(1);
   plan.costs = {.copy_us = 1.0, .device_row_us = 1.0, .host_base_us = INFINITY, .host_row_us = INFINITY};
   EXPECT_DEATH(box_.engine().begin({&valid, 1}, plan), "layer 0, expert 0 would have no place");
+}
+
+// The host device, whose lanes are measured in so many passes as if events cost: its clock is the wall's, and work runs
+// when it is enqueued.
+class CostlyEvents final : public Device {
+ public:
+  explicit CostlyEvents(std::unique_ptr<Device> device) : device_(std::move(device)) {}
+  std::string_view description() const override { return device_->description(); }
+  bool is_host() const override { return true; }
+  bool events_are_free() const override { return false; }
+  StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return device_->allocate(bytes, memory); }
+  std::unique_ptr<Stream> make_stream() override { return device_->make_stream(); }
+  std::unique_ptr<Event> make_event() override { return device_->make_event(); }
+  Ops& ops() override { return device_->ops(); }
+  Ops& host_ops() override { return device_->host_ops(); }
+  Stream& host_stream() override { return device_->host_stream(); }
+  std::unique_ptr<HostAttention> make_host_attention() override { return device_->make_host_attention(); }
+  int num_host_threads() const override { return device_->num_host_threads(); }
+  void run_host(int64_t count, FunctionRef<void(int64_t, int)> fn) override { device_->run_host(count, fn); }
+
+ private:
+  void release(std::byte*, int64_t, Memory) override { FAIL() << "a buffer belongs to the device that made it"; }
+  const std::unique_ptr<Device> device_;
+};
+
+// Whether its lanes are measured or not.
+TEST(StepClock, APassThatRestsTakesNoTime) {
+  constexpr double kSleepUs = 400e3;  // more than passes of so small a model take
+  const Model model = parse_tiny(tiny_models()[0]);
+  EngineBox box(model, *dummy_weights(model, 1), std::make_unique<CostlyEvents>(opened("cpu", {.num_threads = 1})),
+                small_config());
+  const std::vector<int32_t> tokens(20, 1);
+  const std::vector<std::vector<int32_t>> blocks = {{0, 1}, {2, 3}};
+  const auto begin = [&](SequenceId id) {
+    StepSequence made;
+    made.tokens = tokens;
+    made.id = id;
+    made.num_prompt = made.num_new = static_cast<int32_t>(tokens.size());
+    made.blocks = blocks[id];
+    return box.engine().begin({&made, 1}, box.plan(1));
+  };
+  const auto finish = [&](Pass pass) {
+    while (box.engine().advance(pass)) {
+    }
+    return box.engine().finish(std::move(pass)).times;
+  };
+  for (int round = 0; round < 3; ++round) {
+    SCOPED_TRACE(round);
+    Pass first = begin(0);
+    box.engine().advance(first);
+    if (round == 2) std::this_thread::sleep_for(std::chrono::duration<double, std::micro>(kSleepUs));
+    Pass second = begin(1);
+    std::this_thread::sleep_for(std::chrono::duration<double, std::micro>(kSleepUs));
+    const StepTimes of_second = finish(std::move(second));
+    const StepTimes of_first = finish(std::move(first));
+    // Until another pass begins the time is the first one's.
+    EXPECT_LT(of_first.total_us, round == 2 ? 2 * kSleepUs : kSleepUs);
+    EXPECT_GT(of_first.total_us, round == 2 ? kSleepUs : 0.0);
+    EXPECT_GE(of_second.total_us, kSleepUs);
+    EXPECT_EQ(of_first.lanes_measured, round == 0);
+    EXPECT_FALSE(of_second.lanes_measured);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, EngineTest, ::testing::Values("cpu", "emulated"),

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <string>
 #include <utility>
@@ -74,7 +75,9 @@ TEST_P(OpCalls, ALayerTakesFewCalls) {
           const int calls_before = ops.num_calls;
           more = box.engine().advance(pass);
           const EngineStats after = box.engine().stats();
+          // A prefetch that sets out while the layer runs may be asked for before it has come.
           const int64_t missed = after.expert_misses - before.expert_misses +
+                                 std::min<int64_t>(after.experts_prefetched - before.experts_prefetched, 1) +
                                  (after.host_expert_rows > before.host_expert_rows ? num_halves : 0);
           EXPECT_LE(ops.num_calls - calls_before, num_halves * (kCallsMax + shared) + third_path + missed);
           EXPECT_GE(ops.num_calls - calls_before, num_halves * kCallsMin);

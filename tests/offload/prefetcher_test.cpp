@@ -125,7 +125,7 @@ TEST_F(PrefetcherTest, LookaheadThenListThenPopularity) {
 // Against a sort.
 TEST(TopExperts, AreTheBestOfThoseAllowed) {
   std::mt19937_64 random(9);
-  for (int round = 0; round < 2000; ++round) {
+  for (int round = 0; round < 4000; ++round) {
     const auto below = [&](int32_t n) { return static_cast<int32_t>(random() % static_cast<uint64_t>(n)); };
     const int32_t num_experts = 1 + below(130);
     const int32_t count = below(num_experts + 1);
@@ -147,9 +147,24 @@ TEST(TopExperts, AreTheBestOfThoseAllowed) {
     ExpertBits wanted(num_words(num_experts));
     for (const int32_t expert : order) set_bit(wanted, expert);
     TopExperts top(num_experts);
-    ExpertBits chosen(num_words(num_experts));
-    top.choose(scores, excluded, preferred, count, chosen);
-    ASSERT_EQ(chosen, wanted) << "round " << round;
+    // Guesses: none, right, wrong by a few, anything.
+    ExpertBits guess = round % 4 == 1 || round % 4 == 2 ? wanted : ExpertBits(num_words(num_experts));
+    const int32_t num_wrong = round % 4 == 2 ? 2 : round % 4 == 3 ? num_experts : 0;
+    for (int32_t i = 0; i < num_wrong; ++i) guess[below(num_experts) / 64] ^= uint64_t{1} << below(num_experts) % 64;
+    top.choose(scores, excluded, preferred, count, guess);
+    ASSERT_EQ(guess, wanted) << "round " << round;
+    // One that goes for one that comes leaves their number as it was.
+    const auto swapped = [&](bool holds) {
+      for (int32_t expert = below(num_experts), left = num_experts; left > 0;
+           --left, expert = (expert + 1) % num_experts)
+        if (has_bit(wanted, expert) == holds) return expert;
+      return -1;
+    };
+    for (const bool holds : {true, false}) {
+      if (const int32_t expert = swapped(holds); expert >= 0) guess[expert / 64] ^= uint64_t{1} << expert % 64;
+    }
+    top.choose(scores, excluded, preferred, count, guess);
+    ASSERT_EQ(guess, wanted) << "round " << round;
   }
 }
 

@@ -8,9 +8,9 @@ namespace moed {
 namespace {
 
 TEST(ApiKeysTest, EachLineOfTheFileAndTheVariableIsAKey) {
-  const TempFolder folder;
+  const TemporaryFolder folder;
   folder.write("keys", "first\n\nsecond \r\nthird");
-  const auto keys = ApiKeys::load(folder.str() + "/keys", "fourth");
+  const auto keys = ApiKeys::load(folder.path() + "/keys", "fourth");
   ASSERT_TRUE(keys.ok()) << keys.status().message();
   EXPECT_FALSE(keys->empty());
   for (const char* const key : {"first", "second", "third", "fourth"}) EXPECT_TRUE(keys->accepts(key)) << key;
@@ -31,12 +31,12 @@ TEST(ApiKeysTest, NoneAtAllAndTheVariableAlone) {
 
 // A file that was meant to close the door must not leave it open.
 TEST(ApiKeysTest, AFileWithoutKeysIsAnError) {
-  const TempFolder folder;
+  const TemporaryFolder folder;
   folder.write("empty", "\n \r\n\n");
   for (const std::string name : {"/empty", "/missing"}) {
-    const auto keys = ApiKeys::load(folder.str() + name, "");
+    const auto keys = ApiKeys::load(folder.path() + name, "");
     ASSERT_FALSE(keys.ok()) << name;
-    EXPECT_NE(keys.status().message().find(folder.str() + name), std::string::npos) << keys.status().message();
+    EXPECT_NE(keys.status().message().find(folder.path() + name), std::string::npos) << keys.status().message();
     EXPECT_NE(keys.status().message().find("api_key_file"), std::string::npos);
   }
 }

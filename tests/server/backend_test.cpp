@@ -201,7 +201,7 @@ TEST_F(BackendTest, PlacementThatCannotBeIsRefusedBeforeWeightsAreLoaded) {
     const char* text;
   };
   const Case cases[] = {
-      {[](Settings& s) { s.device.device_memory_gib = 0.0001; }, "device.device_memory_gib",
+      {[](Settings& s) { s.device.device_memory_gib = 0.00001; }, "device.device_memory_gib",
        "too small for the dense weights and one expert"},
       {[](Settings& s) { s.placement.ring_slots = 1; }, "placement.ring_slots", "that pass through need 2"},
       {[](Settings& s) { s.placement.ring_slots = 9; }, "placement.ring_slots", "the model has 8 experts"},

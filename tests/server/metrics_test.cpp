@@ -147,6 +147,19 @@ TEST(ServerMetricsTest, LanesAddUpAndThePlanIsNamed) {
   EXPECT_EQ(value_of(text, "moed:plan", "policy=\"hot\""), 1.0);
 }
 
+// A pass of 1 s, half of it attention, after two whose lanes nobody measured: they count as alike.
+TEST(ServerMetricsTest, MeasuredPassesStandForTheOthers) {
+  ServerMetrics metrics("m");
+  const StepTimes measured{.total_us = 1e6, .attention_us = 0.5e6, .dense_us = 0.5e6, .ring_wait_us = 0.1e6};
+  const StepTimes other{.lanes_measured = false, .total_us = 2e6, .ring_wait_us = 0.2e6};
+  for (const StepTimes& times : {other, other, measured, measured, other}) metrics.add_times(times);
+  const std::string text = metrics.text();
+  EXPECT_DOUBLE_EQ(value_of(text, "moed:lane_seconds", "lane=\"attention\""), 3.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "moed:lane_seconds", "lane=\"dense\""), 3.0);
+  EXPECT_EQ(value_of(text, "moed:lane_seconds", "lane=\"experts\""), 0.0);
+  EXPECT_DOUBLE_EQ(value_of(text, "moed:lane_seconds", "lane=\"ring_wait\""), 0.8);
+}
+
 TEST(ServerMetricsTest, ARequestsTimeIsSplitAtItsFirstPassAndItsFirstToken) {
   ServerMetrics metrics("m");
   // Two choices of 3 and 5 tokens: 2 + 4 intervals that took 12 s in all.
