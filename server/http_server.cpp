@@ -44,8 +44,7 @@ constexpr auto kTuple = asio::as_tuple(asio::use_awaitable);
 constexpr size_t kWriteBytes = 256 << 10;      // one write, and so what a slow client must take in write_seconds
 constexpr size_t kPipelineBytes = 64 << 10;    // read ahead of the answer under way
 constexpr size_t kInlineBodyBytes = 64 << 10;  // larger bodies are parsed off the I/O threads
-constexpr int64_t kLingerBytes =
-    256ll << 20;  // of a refused body, read and thrown away so that the client sees the answer
+constexpr int64_t kLingerBytes = 256ll << 20;  // of a refused body, thrown away so that the client sees the answer
 constexpr auto kLingerTime = std::chrono::seconds(5);
 
 Clock::duration seconds(double value) {
@@ -150,8 +149,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   HttpOutcome outcome_;
 };
 
-// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: a cancellation comes
-// once.
+// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: it is told once.
 awaitable<bool> is_cancelled() {
   const asio::cancellation_state state = co_await asio::this_coro::cancellation_state;
   co_return state.cancelled() != asio::cancellation_type::none;
