@@ -8,9 +8,9 @@
 #include <boost/asio.hpp>
 #include <boost/asio/experimental/awaitable_operators.hpp>
 #include <boost/beast/core/flat_buffer.hpp>
+#include <boost/beast/core/read_size.hpp>
 #include <boost/beast/core/tcp_stream.hpp>
 #include <boost/beast/http/parser.hpp>
-#include <boost/beast/http/read.hpp>
 #include <boost/beast/http/string_body.hpp>
 #include <chrono>
 #include <condition_variable>
@@ -44,8 +44,7 @@ constexpr auto kTuple = asio::as_tuple(asio::use_awaitable);
 constexpr size_t kWriteBytes = 256 << 10;      // one write, and so what a slow client must take in write_seconds
 constexpr size_t kPipelineBytes = 64 << 10;    // read ahead of the answer under way
 constexpr size_t kInlineBodyBytes = 64 << 10;  // larger bodies are parsed off the I/O threads
-constexpr int64_t kLingerBytes =
-    256ll << 20;  // of a refused body, read and thrown away so that the client sees the answer
+constexpr int64_t kLingerBytes = 256ll << 20;  // of a refused body, thrown away so that the client sees the answer
 constexpr auto kLingerTime = std::chrono::seconds(5);
 
 Clock::duration seconds(double value) {
@@ -125,6 +124,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   awaitable<bool> wait_for_request();
   awaitable<Next> exchange(HttpRequest& request);
   awaitable<Next> read_head(Parser& parser, HttpRequest& request);
+  awaitable<error_code> receive_some(Parser& parser);
   awaitable<error_code> receive_head(Parser& parser);
   awaitable<Next> read_body(Parser& parser, HttpRequest& request);
   awaitable<error_code> receive_body(Parser& parser);
@@ -149,8 +149,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   HttpOutcome outcome_;
 };
 
-// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: a cancellation comes
-// once.
+// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: it is told once.
 awaitable<bool> is_cancelled() {
   const asio::cancellation_state state = co_await asio::this_coro::cancellation_state;
   co_return state.cancelled() != asio::cancellation_type::none;
@@ -249,9 +248,30 @@ awaitable<Connection::Next> Connection::read_head(Parser& parser, HttpRequest& r
   co_return Next::kRequest;
 }
 
+// Parses what has come, after a wait for more where that is not enough. Beast's own loop would go on, and its caller
+// wait for ever, after a cancellation that meets the end of a read.
+awaitable<error_code> Connection::receive_some(Parser& parser) {
+  co_await asio::this_coro::throw_if_cancelled(false);
+  for (;;) {
+    error_code error = http::error::need_more;
+    if (buffer_.size() > 0) buffer_.consume(parser.put(buffer_.data(), error));
+    if (error != http::error::need_more) co_return error;
+    const size_t room = beast::read_size(buffer_, kPipelineBytes);
+    if (room == 0) co_return make_error_code(http::error::buffer_overflow);
+    const auto [failed, count] = co_await stream_.async_read_some(buffer_.prepare(room), kTuple);
+    if (co_await is_cancelled()) co_return make_error_code(asio::error::operation_aborted);
+    if (failed == asio::error::eof) {
+      co_return make_error_code(parser.got_some() ? http::error::partial_message : http::error::end_of_stream);
+    }
+    if (failed) co_return failed;
+    buffer_.commit(count);
+  }
+}
+
 awaitable<error_code> Connection::receive_head(Parser& parser) {
   co_await asio::this_coro::throw_if_cancelled(false);
-  const auto [error, count] = co_await http::async_read_header(stream_, buffer_, parser, kTuple);
+  error_code error;
+  while (!error && !parser.is_header_done()) error = co_await receive_some(parser);
   co_return error;
 }
 
@@ -292,9 +312,8 @@ awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& r
 awaitable<error_code> Connection::receive_body(Parser& parser) {
   co_await asio::this_coro::throw_if_cancelled(false);
   while (!parser.is_done()) {
-    const auto [error, count] = co_await http::async_read_some(stream_, buffer_, parser, kTuple);
+    const error_code error = co_await receive_some(parser);
     if (error) co_return error;
-    if (co_await is_cancelled()) co_return make_error_code(asio::error::operation_aborted);
     if (!body_share_.grow_to(static_cast<int64_t>(parser.get().body().size()))) {
       co_return make_error_code(asio::error::no_buffer_space);
     }
@@ -415,6 +434,7 @@ awaitable<bool> Connection::write(std::string_view bytes) {
     const auto [error, written] = co_await asio::async_write(stream_, asio::buffer(bytes.data(), count), kTuple);
     stream_.expires_never();
     if (error) co_return false;
+    if (co_await is_cancelled()) co_return false;
     bytes.remove_prefix(count);
   }
   co_return true;

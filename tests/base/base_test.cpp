@@ -197,12 +197,13 @@ TEST(HugePages, MovesItsOwnership) {
 }
 
 // More than this box has: only what is written costs memory.
+// No more than ThreadSanitizer leaves in one piece.
 TEST(HugePages, ReservesAddresses) {
-  StatusOr<HugePages> pages = HugePages::reserve(int64_t{4} << 40);
+  StatusOr<HugePages> pages = HugePages::reserve(int64_t{1} << 40);
   ASSERT_TRUE(pages.ok()) << pages.status().message();
-  EXPECT_EQ(pages->size(), int64_t{4} << 40);
-  pages->data()[int64_t{3} << 40] = std::byte{7};
-  EXPECT_EQ(pages->data()[(int64_t{3} << 40) + 1], std::byte{0});
+  EXPECT_EQ(pages->size(), int64_t{1} << 40);
+  pages->data()[int64_t{3} << 38] = std::byte{7};
+  EXPECT_EQ(pages->data()[(int64_t{3} << 38) + 1], std::byte{0});
 }
 
 TEST(HugePages, NothingAndTooMuch) {

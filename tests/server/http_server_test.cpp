@@ -237,6 +237,21 @@ TEST_F(HttpServerTest, ClientsThatLeaveEndTheirTasks) {
   EXPECT_TRUE(eventually([&] { return handler_.alive == 0; }));
 }
 
+// One that says it has gone by closing its half, and is sent more than it is slow to take.
+TEST_F(HttpServerTest, AHalfClosedConnectionEndsItsTask) {
+  start();
+  for (int i = 0; i < 20; ++i) {
+    HttpSocket client(server_->port());
+    ASSERT_TRUE(client.send(get("/flood")));
+    client.read_until("xxxx");
+    client.close_writing();
+    const auto end = std::chrono::steady_clock::now() + 3s;
+    while (!client.closed() && std::chrono::steady_clock::now() < end) client.read_until("\r\n", 1);
+    ASSERT_TRUE(client.closed()) << i;
+    EXPECT_TRUE(eventually([&] { return handler_.alive == 0; }));
+  }
+}
+
 TEST_F(HttpServerTest, ASlowReaderIsDropped) {
   start({.write_seconds = 0.2});
   HttpSocket client(server_->port());
@@ -366,6 +381,32 @@ TEST_F(HttpServerTest, IdleConnectionsAreClosedInSilence) {
     EXPECT_TRUE(idle->closed());
   }
   EXPECT_TRUE(slow.read_reply(3).starts_with("HTTP/1.1 408 "));
+}
+
+// A deadline that falls upon the end of a read counts: no client holds its connection by luck.
+TEST_F(HttpServerTest, HeadsThatTrickleAcrossTheDeadlineAreTold) {
+  start({.header_bytes_max = 1 << 20, .header_seconds = 0.05});
+  std::vector<std::thread> clients;
+  for (int client = 0; client < 4; ++client) {
+    clients.emplace_back([&] {
+      for (int i = 0; i < 10; ++i) {
+        std::vector<std::unique_ptr<HttpSocket>> sockets;
+        for (int socket = 0; socket < 4; ++socket) {
+          sockets.push_back(std::make_unique<HttpSocket>(server_->port()));
+          sockets.back()->send("GET /a HTTP/1.1\r\nX: ");
+        }
+        const auto end = std::chrono::steady_clock::now() + 100ms;
+        while (std::chrono::steady_clock::now() < end) {
+          for (const auto& socket : sockets) socket->send("a");
+        }
+        for (const auto& socket : sockets) {
+          const std::string reply = socket->read_reply(3);
+          ASSERT_TRUE(reply.starts_with("HTTP/1.1 408 ")) << "round " << i << ": " << reply;
+        }
+      }
+    });
+  }
+  for (std::thread& client : clients) client.join();
 }
 
 // A head that comes in time may come in pieces, and so may the next one.

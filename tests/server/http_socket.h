@@ -32,6 +32,7 @@ class HttpSocket {
     if (fd_ >= 0) ::close(fd_);
     fd_ = -1;
   }
+  void close_writing() { ::shutdown(fd_, SHUT_WR); }
   void set_receive_buffer(int bytes) { ::setsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof(bytes)); }
   bool send(std::string_view bytes) {
     while (!bytes.empty()) {
