@@ -1,7 +1,6 @@
 #include "base/cgroup.h"
 
 #include <cmath>
-#include <filesystem>
 #include <limits>
 
 #include <gtest/gtest.h>
@@ -11,16 +10,12 @@
 namespace moed {
 namespace {
 
-namespace fs = std::filesystem;
 constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 
 // A tree of groups as the kernel would show it.
 class CgroupTest : public testing::Test {
  protected:
-  void write(const std::string& file, const std::string& text) {
-    fs::create_directories(fs::path(root_.file(file)).parent_path());
-    root_.write(file, text);
-  }
+  void write(const std::string& file, const std::string& text) { root_.write(file, text); }
   CgroupLimits limits(const std::string& self) {
     write("self", self);
     return cgroup_limits(root_.path(), root_.file("self"));

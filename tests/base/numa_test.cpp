@@ -5,43 +5,29 @@
 #include <unistd.h>
 
 #include <cstddef>
-#include <filesystem>
-#include <fstream>
 #include <string>
 #include <vector>
 
 #include <gtest/gtest.h>
 
 #include "base/huge_pages.h"
+#include "tests/support/temporary_folder.h"
 
 namespace moed {
 namespace {
 
-namespace fs = std::filesystem;
-
 // A folder of nodes as the kernel would show it.
 class NumaTest : public testing::Test {
  protected:
-  void SetUp() override {
-    root_ = fs::path(testing::TempDir()) /
-            ("numa_" + std::string(testing::UnitTest::GetInstance()->current_test_info()->name()));
-    fs::remove_all(root_);
-    fs::create_directories(root_);
-  }
-  void TearDown() override { fs::remove_all(root_); }
-
-  void write(const std::string& file, const std::string& text) {
-    fs::create_directories((root_ / file).parent_path());
-    std::ofstream(root_ / file) << text;
-  }
+  void write(const std::string& file, const std::string& text) { root_.write(file, text); }
   std::vector<int> nodes(const std::vector<int>& cpus) {
     std::vector<CpuPlace> places;
     for (const int cpu : cpus) places.push_back({.cpu = cpu});
-    return numa_nodes(places, root_.string());
+    return numa_nodes(places, root_.path());
   }
 
  private:
-  fs::path root_;
+  TemporaryFolder root_;
 };
 
 TEST_F(NumaTest, NothingThereIsNoNode) { EXPECT_TRUE(nodes({0, 1}).empty()); }

@@ -35,8 +35,9 @@ class TemporaryFolder {
 
   std::string path() const { return path_.string(); }
   std::string file(std::string_view name) const { return (path_ / name).string(); }
-  // Writes a file of the folder; its path.
+  // Writes a file of the folder, "a/b" in a folder of its own; its path.
   std::string write(std::string_view name, std::string_view content) const {
+    std::filesystem::create_directories((path_ / name).parent_path());
     write_file(path_ / name, content);
     return file(name);
   }
