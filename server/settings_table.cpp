@@ -95,7 +95,8 @@ const SettingRow kRows[] = {
     {"scheduler.bulk_rows_min", at<&S::scheduler, &S::Scheduler::bulk_rows_min>,
      "A prefill of more rows runs in a bulk pass, which lets running answers go first", 1, 1 << 20},
     {"scheduler.pass_rows_max", at<&S::scheduler, &S::Scheduler::pass_rows_max>,
-     "Rows (tokens) in one pass. 640 lets decode rows ride in long prompts where a GPU holds a few large experts all",
+     "Rows (tokens) in one pass. Where every pass streams the experts, as many as a long prompt has: a pass takes no "
+     "longer for it. 640 lets decode rows ride in long prompts where a GPU holds a few large experts all",
      2, 65536},
     {"scheduler.sequences_max", at<&S::scheduler, &S::Scheduler::sequences_max>, "Sequences that run at once", 1,
      65536},
