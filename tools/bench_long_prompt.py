@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A prompt of 6144 tokens beside eight decoders on this machine's CPU, the demo model: what each costs the other, over
 scheduler.bulk_rows_min, yield_layers and pass_rows_max. Prints a Markdown table, medians over rounds that take every
-setting in turn. usage: bench_long_prompt.py [MOED [ROUNDS]]   (build/release/server/moed, 3). About four minutes a round,
+setting in turn, and each figure to stderr as it comes. usage: bench_long_prompt.py [MOED [ROUNDS]]
+(build/release/server/moed, 3). About four minutes a round,
 on an otherwise idle machine."""
 
 import statistics
@@ -30,6 +31,7 @@ def main(arguments):
         beside = BesideLongPrompt(lambda flags: figures(moed, "cpu", flags), TOKENS, FLAGS)
         for settings, pairs in measured.items():
             pairs.append(beside.slowdowns(f"{FLAGS} {settings}", new=600))
+            print(f"{settings}: {pairs[-1][0]:.2f}x, {pairs[-1][1]:.2f}x", file=sys.stderr, flush=True)
     print(f"| {TOKENS} tokens beside 8 decoders, CPU | decode TPOT, of its own alone | prefill, of its own alone |\n|---|---|---|")
     for settings, pairs in measured.items():
         token, prompt = (statistics.median(values) for values in zip(*pairs))

@@ -106,20 +106,28 @@ def test_both_doors_share_the_queue(start_fake, moed_pb):
     pb, services = moed_pb
     daemon = start_fake("--sequences-max", "1", "--queue-max", "1", FAKE_LAYER_US="20000")
     body = {"prompt": "abc", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    held = [requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=30) for _ in range(2)]
     with grpc.insecure_channel(daemon.grpc_target) as channel:
         stub = services.InferenceStub(channel)
+
+        def fill(send):
+            # The second may only be sent when the first waits no more: there is room for one.
+            held = []
+            for wanted in ((1, 0), (1, 1)):
+                held.append(send())
+                end = time.monotonic() + 10
+                while ((loads := stub.GetLoads(pb.GetLoadsRequest(), timeout=5)).running, loads.waiting) != wanted:
+                    assert time.monotonic() < end, loads
+                    time.sleep(0.01)
+            return held
+
+        held = fill(lambda: requests.post(daemon.url + "/v1/completions", json=body, stream=True, timeout=30))
         with pytest.raises(grpc.RpcError) as caught:
             stub.ChatCompletion(chat(pb, max_tokens=1), timeout=10)
         assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED and "queue_max" in caught.value.details()
         for answer in held:
             answer.close()
         quiet(stub, pb)
-        held = [stub.StreamChatCompletion(chat(pb, max_tokens=200)) for _ in range(2)]
-        end = time.monotonic() + 10
-        while (loads := stub.GetLoads(pb.GetLoadsRequest(), timeout=5)).running + loads.waiting < 2:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        held = fill(lambda: stub.StreamChatCompletion(chat(pb, max_tokens=200)))
         refused = requests.post(daemon.url + "/v1/completions", json=body, timeout=10)
         assert refused.status_code == 429 and "queue_max" in refused.text
         for stream in held:
