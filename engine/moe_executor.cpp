@@ -1,7 +1,6 @@
 #include "engine/moe_executor.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "base/check.h"
@@ -12,10 +11,6 @@ namespace {
 // Predictions pay while rows want less than one in so many of a layer's experts: where they want more, what they bring
 // pushes out what is wanted as much.
 constexpr int32_t kPredictedRows = 2;
-
-bool host_allowed(const ExpertCosts& costs) {
-  return std::isfinite(costs.host_base_us) && std::isfinite(costs.host_row_us);
-}
 
 }  // namespace
 
@@ -44,9 +39,7 @@ MoeExecutor::MoeExecutor(const MoeInputs& inputs, ExpertTables tables, Device& d
   wanted_.reserve(std::min(ring_slots_, ExpertRing::kPrefetchMax));
 }
 
-bool MoeExecutor::streams(const StepPlan& plan) const {
-  return ring_ != nullptr && std::isfinite(plan.costs.copy_us) && std::isfinite(plan.costs.device_row_us);
-}
+bool MoeExecutor::streams(const StepPlan& plan) const { return ring_ != nullptr && plan.costs.device_allowed(); }
 
 // The layers to come, then those that are behind, for the pass that follows: what the plan names, then all of the
 // layers that come whole.
@@ -231,7 +224,7 @@ void MoeExecutor::run_routed(const Work& work) {
   // Rows for the host lane set out before the answer is there, unless nothing will be asked of it. A half with several
   // KV paths, or with a prediction, has op calls enough and sends them when it must.
   const StepPlan& plan = work.pass.plan();
-  const bool sent = present_.size() < counts_.size() && (host_allowed(plan.costs) || !streams(plan)) &&
+  const bool sent = present_.size() < counts_.size() && (plan.costs.host_allowed() || !streams(plan)) &&
                     work.half.num_paths() == 1 && !predicts;
   if (sent) send_normed(work);
   stream_.record(*reached_);

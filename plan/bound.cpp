@@ -32,9 +32,7 @@ void add_experts(const ModelConfig& config, const StepShape& shape, const Planni
     work->host_flops = flops;
     return;
   }
-  const double kept =
-      planning.policy->cache ? planning.residency.num_slots : static_cast<double>(planning.residency.resident.size());
-  const double absent = std::max(0.0, 1.0 - kept / all);
+  const double absent = absent_share(config, planning);
   const bool whole = planning.policy->streams_all;
   if (whole) {
     work->link_bytes = all * absent * bytes;

@@ -298,6 +298,15 @@ Planning make_planning(const Placement& placement, const ModelConfig& config, bo
   return planning;
 }
 
+double absent_share(const ModelConfig& config, const Planning& planning) {
+  const Policy& policy = *planning.policy;
+  const int64_t all = num_routed_experts(config);
+  if (!policy.uses_device || all == 0) return 1.0;
+  const Residency& residency = planning.residency;
+  const double kept = policy.cache ? residency.num_slots : static_cast<double>(residency.resident.size());
+  return std::max(0.0, 1.0 - kept / static_cast<double>(all));
+}
+
 int32_t balanced_split(std::span<const int64_t> attended_tokens, int32_t halves) {
   const auto num_sequences = static_cast<int32_t>(attended_tokens.size());
   if (halves < 2 || num_sequences < 2) return num_sequences;

@@ -94,6 +94,9 @@ struct Planning {
 // num_slots: what the memory budget granted. Where they hold all experts, all are resident.
 Planning make_planning(const Placement& placement, const ModelConfig& config, bool has_device, int64_t num_slots);
 
+// Of the experts that a pass wants, the share that device memory does not have, where the slots hold what helps most.
+double absent_share(const ModelConfig& config, const Planning& planning);
+
 // policy "auto": hot where the device has memory of its own, else host. kv "auto": device under the policy of that
 // name, else host. resident_experts: one number (the first so many of each layer), or any of "layer:expert" and
 // "layer:first-last", separated by commas too. Errors: kInvalidArgument naming the setting, what it says and the limit.

@@ -23,28 +23,14 @@ StepShape together(const StepShape& a, const StepShape& b) {
           .attended_tokens = a.attended_tokens + b.attended_tokens};
 }
 
-double dense_weights(const ModelConfig& config) {
-  return static_cast<double>(dense_weight_bytes(config)) / kBytesPerWeight;
-}
-
 // Dense weights whose products one row takes part in: all but the embedding table.
 double active_dense_weights(const ModelConfig& config) {
   const double table = static_cast<double>(config.vocab_size) * config.hidden_size;
-  return dense_weights(config) - (config.tied_embeddings ? 0.0 : table);
+  return static_cast<double>(dense_weight_bytes(config)) / kBytesPerWeight - (config.tied_embeddings ? 0.0 : table);
 }
 
 double chosen_share(const ModelConfig& config) {
   return config.moe.num_experts > 0 ? static_cast<double>(config.moe.router.top_k) / config.moe.num_experts : 0.0;
-}
-
-// Of the experts that a pass wants, the share that device memory does not have.
-double absent_share(const ModelConfig& config, const Planning& planning) {
-  const Policy& policy = *planning.policy;
-  const auto all = static_cast<double>(num_routed_experts(config));
-  if (!policy.uses_device || all == 0.0) return 1.0;
-  const auto resident = static_cast<double>(planning.residency.resident.size());
-  return std::max(0.0,
-                  1.0 - (policy.cache ? std::max<double>(planning.residency.num_slots, resident) : resident) / all);
 }
 
 }  // namespace
