@@ -13,6 +13,15 @@ RopeAppend::Norm rope_norm(AttentionConfig::QkNorm norm) {
 
 }  // namespace
 
+KvLayer KvPools::layer(KvPath path, int32_t layer) const {
+  if (path == KvPath::kHost) return host->layer(layer);
+  KvLayer view = device != nullptr ? device->layer(layer) : staging->layer(0);
+  if (staging == nullptr) return view;
+  view.staging = staging->layer(0).base;
+  view.staging_begin = device != nullptr ? static_cast<int32_t>(device->num_blocks()) : 0;
+  return view;
+}
+
 Pipeline::Pipeline(const PipelineInputs& inputs, Device& device, Stream& stream, HostLane& lane, MoeExecutor& moe)
     : model_(inputs.model),
       weights_(inputs.weights),
@@ -59,14 +68,14 @@ void Pipeline::drop(RunningPass& pass, SequenceId id) {
 
 void Pipeline::start_layer(int32_t layer, RunningPass& pass, const Half& half) {
   before_attention(layer, pass.rows(half));
-  // The host lane's queries first: it may begin while the device is at the other paths.
-  for (const KvPath path : {KvPath::kHost, KvPath::kDevice, KvPath::kStaged}) {
+  // The host lane's queries first: it may begin while the device is at its own.
+  for (const KvPath path : {KvPath::kHost, KvPath::kDevice}) {
     if (half.run(path).num_members == 0) continue;
-    if (path == KvPath::kStaged) fetch_staged(layer, half);
+    if (path == KvPath::kDevice) fetch_staged(layer, half);
     append_kv(layer, pass, half, path);
     pass.clock().mark(Lane::kDense);
     start_attention(layer, pass, half, path);
-    if (path == KvPath::kStaged) return_staged(layer, half);
+    if (path == KvPath::kDevice) return_staged(layer, half);
     pass.clock().mark(Lane::kAttention);
   }
 }
@@ -96,7 +105,7 @@ void Pipeline::append_kv(int32_t layer, RunningPass& pass, const Half& half, KvP
   args.rotary_dim = model_.rope.rotary_dim;
   args.positions = {rows.positions, num_rows};
   args.slots = {rows.slots, num_rows};
-  args.kv = kv_.of(path)->layer(path == KvPath::kStaged ? 0 : layer);
+  args.kv = kv_.layer(path, layer);
   args.q = path == KvPath::kHost && !device_.is_host() ? rows.host_q : rows.q;
   ops_.rope_append(args, stream_);
 }
@@ -107,7 +116,7 @@ void Pipeline::start_attention(int32_t layer, RunningPass& pass, const Half& hal
   Attention args;
   args.q = host == nullptr ? rows.q : rows.host_q;
   args.num_heads = model_.attention.num_heads;
-  args.kv = kv_.of(path)->layer(path == KvPath::kStaged ? 0 : layer);
+  args.kv = kv_.layer(path, layer);
   args.spans = pass.spans(half, path);
   args.scale = model_.attention.scale;
   args.out = host == nullptr ? rows.attention : rows.host_attention;
@@ -120,13 +129,13 @@ void Pipeline::start_attention(int32_t layer, RunningPass& pass, const Half& hal
 
 void Pipeline::fetch_staged(int32_t layer, const Half& half) {
   for (const Member& member : half.members) {
-    if (member.path == KvPath::kStaged) copy_staged(layer, member, true);
+    if (member.staged()) copy_staged(layer, member, true);
   }
 }
 
 void Pipeline::return_staged(int32_t layer, const Half& half) {
   for (const Member& member : half.members) {
-    if (member.path == KvPath::kStaged) copy_staged(layer, member, false);
+    if (member.staged()) copy_staged(layer, member, false);
   }
 }
 

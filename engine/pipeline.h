@@ -17,9 +17,9 @@ struct KvPools {
   const KvPool* host = nullptr;
   const KvPool* device = nullptr;
   const KvPool* staging = nullptr;  // one layer, on the device
-  const KvPool* of(KvPath path) const {
-    return path == KvPath::kDevice ? device : path == KvPath::kStaged ? staging : host;
-  }
+
+  // On the device, the blocks of the staging pool come after the device pool's.
+  KvLayer layer(KvPath path, int32_t layer) const;
 };
 
 // What a forward pass reads. All of it outlives the pipeline.
@@ -32,8 +32,8 @@ struct PipelineInputs {
 
 // The one forward pass. Carries a pass's rows through a layer at a time, each half in turn: what begins the next layer
 // is done at the end of this one, so that a half's attention goes on while the other half's products run. A layer of a
-// half takes at most 12 op calls, or 14 where its KV takes all three paths; 4 more with a shared expert, and one for
-// each expert that was asked for and not there. Serving thread only.
+// half takes at most 12 op calls, 4 more with a shared expert, and one for each expert that was asked for and not
+// there. Serving thread only.
 class Pipeline {
  public:
   // device, stream, lane and moe outlive the pipeline.

@@ -44,8 +44,7 @@ RunningPass::RunningPass(PassSlot& slot, std::span<const StepSequence> sequences
     for (int32_t i = begin; i < end; ++i) {
       check(sequences[i]);
       Member member{.sequence = sequences[i], .order = i};
-      member.staging_begin = static_cast<int32_t>(config.staging_blocks - staging_left);
-      member.path = path_of(sequences[i], staging_left);
+      choose_path(member, staging_left);
       members.push_back(member);
     }
     std::stable_sort(members.begin(), members.end(), [](const Member& a, const Member& b) { return a.path < b.path; });
@@ -65,12 +64,16 @@ RunningPass::~RunningPass() {
   slot_->taken = false;
 }
 
-KvPath RunningPass::path_of(const StepSequence& sequence, int64_t& staging_left) const {
-  if (sequence.pool == Pool::kDevice) return KvPath::kDevice;
-  const int32_t num_blocks = blocks_of(sequence);
-  if (sequence.num_new < kStagedRowsMin || num_blocks > staging_left) return KvPath::kHost;
+void RunningPass::choose_path(Member& member, int64_t& staging_left) const {
+  member.path = KvPath::kDevice;
+  if (member.sequence.pool == Pool::kDevice) return;
+  const int32_t num_blocks = blocks_of(member.sequence);
+  if (member.sequence.num_new < kStagedRowsMin || num_blocks > staging_left) {
+    member.path = KvPath::kHost;
+    return;
+  }
+  member.staging_begin = static_cast<int32_t>(config_.staging_blocks - staging_left);
   staging_left -= num_blocks;
-  return KvPath::kStaged;
 }
 
 void RunningPass::check(const StepSequence& sequence) const {
@@ -98,9 +101,8 @@ void RunningPass::add(Half& half, Member member, int64_t& table_used) {
       << "more than " << config_.rows_max << " rows";
   const int32_t num_blocks = blocks_of(sequence);
   int32_t* blocks = slot_->buffers.block_table() + table_used;
-  for (int32_t i = 0; i < num_blocks; ++i) {
-    blocks[i] = member.path == KvPath::kStaged ? member.staging_begin + i : sequence.blocks[i];
-  }
+  const int32_t first_staged = static_cast<int32_t>(config_.device_kv_blocks) + member.staging_begin;
+  for (int32_t i = 0; i < num_blocks; ++i) blocks[i] = member.staged() ? first_staged + i : sequence.blocks[i];
   table_used += num_blocks;
   const RowViews rows = slot_->buffers.rows(half.row_begin + half.num_rows, sequence.num_new);
   const int32_t block_tokens = config_.block_tokens;

@@ -15,11 +15,11 @@
 
 namespace moed {
 
-// Where a sequence's K and V are written and its attention computed: on the device over its own pool; on the device
-// over a copy of the layer's blocks of the host pool; or over the host pool, by the host lane where the device is not
-// the host.
-enum class KvPath : uint8_t { kDevice, kStaged, kHost };
-inline constexpr int kKvPaths = 3;
+// Where a sequence's K and V are written and its attention computed: on the device, over its own pool or over a staged
+// copy of the layer's blocks of the host pool; or over the host pool, by the host lane where the device is not the
+// host.
+enum class KvPath : uint8_t { kDevice, kHost };
+inline constexpr int kKvPaths = 2;
 
 // A sequence of a live pass and where its rows stand in its half.
 struct Member {
@@ -27,7 +27,9 @@ struct Member {
   int32_t order = 0;  // in begin()
   int32_t row_begin = 0;
   KvPath path = KvPath::kHost;
-  int32_t staging_begin = 0;  // its first block in the staging pool
+  int32_t staging_begin = -1;  // its first block in the staging pool; -1: its blocks stay where they are
+
+  bool staged() const { return staging_begin >= 0; }
 };
 
 // Rows and members of one path: one run of each.
@@ -110,8 +112,8 @@ class RunningPass : public PassState {
   size_t num_passed = 0;          // of the plan's prefetches, the first ones whose layers are behind
 
  private:
-  // The path of a sequence; staged ones take their blocks from `staging_left`.
-  KvPath path_of(const StepSequence& sequence, int64_t& staging_left) const;
+  // Sets the member's path; a staged one takes its blocks from `staging_left`.
+  void choose_path(Member& member, int64_t& staging_left) const;
   void check(const StepSequence& sequence) const;
   void add(Half& half, Member member, int64_t& table_used);
   void count_runs(Half& half);

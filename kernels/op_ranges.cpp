@@ -67,14 +67,23 @@ void name_table(RangeVisitor& visitor, const char* what, std::span<const T>& tab
   table = {static_cast<const T*>(data), table.size()};
 }
 
-// K and V of tokens [begin, begin + count) of a block, all heads.
+// The layer's pool, then the staging pool if there is one. `emit` gets a function (block, first token, tokens) that
+// names K and V of all heads, and is called for each pool.
 template <class Emit>
-void kv_runs(const KvLayer& kv, int32_t block, int32_t begin, int32_t count, Emit&& run) {
-  for (const bool values : {false, true}) {
-    for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
-      const Bf16* first = values ? kv.v(block, head) : kv.k(block, head);
-      run(first - kv.base + int64_t{begin} * kv.head_dim, int64_t{count} * kv.head_dim);
-    }
+void name_kv(RangeVisitor& visitor, Access access, KvLayer& kv, Emit&& emit) {
+  for (Bf16** pool : {&kv.base, &kv.staging}) {
+    if (*pool == nullptr) continue;
+    name(visitor, "kv", access, *pool, [&](auto&& run) {
+      emit([&](int32_t block, int32_t begin, int32_t count) {
+        if (kv.is_staged(block) != (pool == &kv.staging)) return;
+        for (const bool values : {false, true}) {
+          for (int32_t head = 0; head < kv.num_kv_heads; ++head) {
+            const Bf16* first = values ? kv.v(block, head) : kv.k(block, head);
+            run(first - *pool + int64_t{begin} * kv.head_dim, int64_t{count} * kv.head_dim);
+          }
+        }
+      });
+    });
   }
 }
 
@@ -119,7 +128,7 @@ void visit(RopeAppend& call, RangeVisitor& visitor) {
       run(int64_t{call.positions[row]} * call.rotary_dim, call.rotary_dim);
     }
   });
-  name(visitor, "kv", Access::kWrite, call.kv.base, [&](auto&& run) {
+  name_kv(visitor, Access::kWrite, call.kv, [&](auto&& run) {
     const int32_t block_tokens = call.kv.block_tokens;
     for (int32_t row = 0, count = 0; row < rows; row += count) {
       const int64_t slot = call.slots[row];
@@ -127,7 +136,7 @@ void visit(RopeAppend& call, RangeVisitor& visitor) {
       count = 1;
       if (slot < 0) continue;
       while (row + count < rows && offset + count < block_tokens && call.slots[row + count] == slot + count) ++count;
-      kv_runs(call.kv, static_cast<int32_t>(slot / block_tokens), offset, count, run);
+      run(static_cast<int32_t>(slot / block_tokens), offset, count);
     }
   });
   name_rows(visitor, "q", Access::kWrite, call.q, rows);
@@ -151,11 +160,11 @@ void visit(Attention& call, RangeVisitor& visitor) {
     });
   };
   name_span_rows("q", Access::kRead, call.q);
-  name(visitor, "kv", Access::kRead, call.kv.base, [&](auto&& run) {
+  name_kv(visitor, Access::kRead, call.kv, [&](auto&& run) {
     for (const AttentionSpan& span : call.spans) {
       const int32_t tokens = span.num_cached + span.num_rows;
       for (int32_t i = 0; i < num_blocks(span); ++i) {
-        kv_runs(call.kv, span.blocks[i], 0, std::min(block_tokens, tokens - i * block_tokens), run);
+        run(span.blocks[i], 0, std::min(block_tokens, tokens - i * block_tokens));
       }
     }
   });

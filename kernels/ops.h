@@ -37,16 +37,21 @@ struct LinearWeights {
 };
 
 // One layer's paged KV pool. K of (block b, KV head h) is [block_tokens, head_dim] at base + b * block_stride + h *
-// block_tokens * head_dim; V lies num_kv_heads * block_tokens * head_dim elements after K.
+// block_tokens * head_dim; V lies num_kv_heads * block_tokens * head_dim elements after K. Blocks from staging_begin on
+// are those of a staging pool that all layers use in turn: block staging_begin lies at `staging`, the next behind it.
 struct KvLayer {
   Bf16* base = nullptr;
   int64_t block_stride = 0;  // elements
   int32_t block_tokens = 0;  // 16
   int32_t num_kv_heads = 0;
   int32_t head_dim = 0;
+  Bf16* staging = nullptr;  // null: there is none
+  int32_t staging_begin = std::numeric_limits<int32_t>::max();
 
+  bool is_staged(int32_t block) const { return block >= staging_begin; }
   Bf16* k(int32_t block, int32_t head) const {
-    return base + block * block_stride + int64_t{head} * block_tokens * head_dim;
+    Bf16* first = is_staged(block) ? staging + (block - staging_begin) * block_stride : base + block * block_stride;
+    return first + int64_t{head} * block_tokens * head_dim;
   }
   Bf16* v(int32_t block, int32_t head) const {
     return k(block, head) + int64_t{num_kv_heads} * block_tokens * head_dim;

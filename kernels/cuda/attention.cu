@@ -361,7 +361,8 @@ void attention(const Attention& args, const Launch& launch) {
   attention_args.scale = args.scale;
   attention_args.out = args.out;
   attention_args.wide = args.kv.head_dim % 8 == 0 && rows_are_wide(args.q.data, args.q.stride) &&
-                        rows_are_wide(args.kv.base, args.kv.block_stride);
+                        rows_are_wide(args.kv.base, args.kv.block_stride) &&
+                        rows_are_wide(args.kv.staging, args.kv.block_stride);
   if (args.kv.head_dim <= 64) {
     launch_tiles<64, 64>(attention_args, counts, plan, launch);
   } else if (args.kv.head_dim <= 128) {

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -40,11 +42,18 @@ class CountingOps final : public QueuedOps {
   explicit CountingOps(Ops& ops) : ops_(ops) {}
   Status reserve(const OpLimits& limits) override { return ops_.reserve(limits); }
   int num_calls = 0;
+  int num_expert_calls = 0;          // of these, of expert_ffn()
+  int num_empty_expert_calls = 0;    // of these, with no expert to run
   std::vector<size_t> sampled_rows;  // of each call of sample()
 
  private:
   void enqueue(OpCall call, Stream& stream) override {
     ++num_calls;
+    if (const auto* ffn = std::get_if<ExpertFfn>(&call)) {
+      ++num_expert_calls;
+      const auto is_null = [](const std::byte* blob) { return blob == nullptr; };
+      num_empty_expert_calls += std::all_of(ffn->blobs.begin(), ffn->blobs.end(), is_null) ? 1 : 0;
+    }
     if (const auto* sample = std::get_if<Sample>(&call)) sampled_rows.push_back(sample->rows.size());
     run_op(call, ops_, *static_cast<CountingStream&>(stream).inner);
   }

@@ -94,9 +94,10 @@ inline std::vector<std::string> supported_isas() {
   return names;
 }
 
-// Paged KV of random numbers with blocks in shuffled order; NaN wherever no span may look.
+// Paged KV of random numbers with blocks in shuffled order, a third of them staged; NaN wherever no span may look.
 struct PagedKv {
   std::vector<Bf16> memory;
+  std::vector<Bf16> staging;
   std::vector<std::vector<int32_t>> blocks;
   KvLayer layer;
 };
@@ -110,8 +111,14 @@ inline PagedKv make_kv(const AttentionCase& c, uint32_t seed) {
   for (int32_t i = 0; i < num_blocks; ++i) order[i] = i;
   for (int32_t i = num_blocks - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
   const int64_t stride = int64_t{2} * c.num_kv_heads * kBlockTokens * c.head_dim;
-  kv.memory.assign(num_blocks * stride, Bf16(NAN));
+  const int32_t num_staged = num_blocks / 3;
+  kv.memory.assign((num_blocks - num_staged) * stride, Bf16(NAN));
   kv.layer = {kv.memory.data(), stride, kBlockTokens, c.num_kv_heads, c.head_dim};
+  if (num_staged > 0) {
+    kv.staging.assign(num_staged * stride, Bf16(NAN));
+    kv.layer.staging = kv.staging.data();
+    kv.layer.staging_begin = num_blocks - num_staged;
+  }
   int32_t next = 0;
   for (const auto& [cached, rows] : c.spans) {
     std::vector<int32_t>& mine = kv.blocks.emplace_back();

@@ -109,7 +109,9 @@ void check_rope(Ops& ops, Stream& stream, const RopeCase& c) {
   }
   const std::vector<int32_t> positions = {0, 1, 2, 17, 5, 39, 8, 8, 30};
   const std::vector<int64_t> slots = {0, 1, 15, 16, 47, -1, 33, 20, -5};
-  std::vector<Bf16> cache(int64_t{kBlocks} * 2 * c.num_kv_heads * 16 * c.head_dim, Bf16(-77.0F));
+  const int64_t stride = int64_t{2} * c.num_kv_heads * 16 * c.head_dim;
+  std::vector<Bf16> cache((kBlocks - 1) * stride, Bf16(-77.0F));
+  std::vector<Bf16> staging(stride, Bf16(-77.0F));
   std::vector<Bf16> q(kRows * c.num_heads * c.head_dim);
   args.qkv = Matrix<const float>(qkv.data(), kRows, width);
   args.num_heads = c.num_heads;
@@ -122,7 +124,7 @@ void check_rope(Ops& ops, Stream& stream, const RopeCase& c) {
   args.rotary_dim = c.rotary_dim;
   args.positions = positions;
   args.slots = slots;
-  args.kv = {cache.data(), int64_t{2} * c.num_kv_heads * 16 * c.head_dim, 16, c.num_kv_heads, c.head_dim};
+  args.kv = {cache.data(), stride, 16, c.num_kv_heads, c.head_dim, staging.data(), kBlocks - 1};
   args.q = Matrix<Bf16>(q.data(), kRows, c.num_heads * c.head_dim);
   ops.rope_append(args, stream);
 
