@@ -176,15 +176,15 @@ void Head::read_tokens(std::span<const Task> tasks, size_t num_crossing) {
   device_->host_access(tokens, static_cast<int64_t>((tasks.size() - num_crossing) * sizeof(*tokens)), Access::kRead);
   for (size_t i = num_crossing; i < tasks.size(); ++i) {
     const int32_t token = tokens[i - num_crossing];
-    MOED_CHECK(token >= 0 && token < model_->vocab_size)
-        << "logits hold a NaN or an infinity: broken weights or a broken kernel (sampled " << token << ")";
-    chosen_[i] = {.token = token};
+    MOED_CHECK(token < model_->vocab_size) << "sampled " << token;
+    chosen_[i] = {.token = token < 0 ? kNoToken : token};
   }
 }
 
 void Head::take(std::span<const Task> tasks, std::vector<SequenceOutput>& outputs) {
   for (size_t i = 0; i < tasks.size(); ++i) {
     SequenceOutput& output = outputs[tasks[i].output];
+    output.broken = output.broken || chosen_[i].token == kNoToken;
     if (tasks[i].score_of >= 0) {
       output.prompt_scores.push_back(std::move(chosen_[i]));
     } else {

@@ -13,12 +13,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-LogitsPeak checked_peak(std::span<const float> logits) {
-  const LogitsPeak peak = logits_peak(logits);
-  MOED_CHECK(!peak.has_nan && peak.logit < kInfinity)
-      << "logits hold a NaN or an infinity: broken weights or a broken kernel";
-  return peak;
-}
+bool is_broken(const LogitsPeak& peak) { return peak.has_nan || peak.logit == kInfinity; }
 
 bool in_vocab(int32_t token, std::span<const float> logits) {
   return token >= 0 && static_cast<size_t>(token) < logits.size();
@@ -114,11 +109,11 @@ void apply_changes(std::span<float> logits, const SampleContext& context, bool b
 LogitsPeak change_logits(std::span<float> logits, const SampleContext& context, SamplerScratch& scratch) {
   for (const bool ban : {is_early(context), false}) {
     apply_changes(logits, context, ban, scratch.counts);
-    const LogitsPeak peak = checked_peak(logits);
-    if (peak.logit > -kInfinity) return peak;
+    const LogitsPeak peak = logits_peak(logits);
+    if (is_broken(peak) || peak.logit > -kInfinity) return peak;
     std::copy(scratch.raw.begin(), scratch.raw.end(), logits.begin());
   }
-  return checked_peak(logits);
+  return logits_peak(logits);
 }
 
 }  // namespace
@@ -137,14 +132,16 @@ SampleRow draw_of(const SampleContext& context) {
 
 ScoredToken sample_token(std::span<float> logits, const SampleContext& context, SamplerScratch& scratch) {
   const SampleRow row = draw_of(context);
-  LogitsPeak peak = checked_peak(logits);
+  LogitsPeak peak = logits_peak(logits);
   const bool changes = changes_logits(context);
-  if (changes) {
+  if (changes && !is_broken(peak)) {
     scratch.raw.assign(logits.begin(), logits.end());
     peak = change_logits(logits, context, scratch);
   }
+  if (is_broken(peak)) return {.token = kNoToken};
   int32_t token = peak.token;
   if (row.temperature >= kTemperatureMin) token = draw_token(logits, peak.logit, row, scratch.sampling);
+  if (token < 0) return {.token = kNoToken};
   MOED_CHECK(in_vocab(token, logits)) << token;
   if (context.params.num_logprobs < 0) return {.token = token};
   const std::span<const float> raw = changes ? std::span<const float>(scratch.raw) : logits;
@@ -153,7 +150,8 @@ ScoredToken sample_token(std::span<float> logits, const SampleContext& context, 
 
 ScoredToken score_token(std::span<const float> logits, int32_t token, int32_t num_top, SamplerScratch& scratch) {
   MOED_CHECK(in_vocab(token, logits)) << token;
-  const LogitsPeak peak = checked_peak(logits);
+  const LogitsPeak peak = logits_peak(logits);
+  if (is_broken(peak)) return {.token = kNoToken};
   const double log_sum =
       peak.logit + std::log(sum_weights(logits, peak.logit, 1.0F, 0.0F, scratch.sampling.block_sums));
   const auto logprob = [&](float logit) { return static_cast<float>(logit - log_sum); };

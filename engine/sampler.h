@@ -38,7 +38,7 @@ SampleRow draw_of(const SampleContext& context);
 // - When masks leave no token, min_tokens yields first (a grammar that has ended allows nothing but EOS), then the
 // masks.
 // - Ids outside the vocabulary are ignored.
-// A NaN or an infinite logit ends the process: the weights or a kernel are broken.
+// - Of logits that hold a NaN or an infinity: kNoToken, as from score_token().
 ScoredToken sample_token(std::span<float> logits, const SampleContext& context, SamplerScratch& scratch);
 
 // The log-probability of `token` under softmax(logits), and the best `num_top`.

@@ -60,6 +60,9 @@ struct TokenLogprob {
   float logprob = 0.0F;
 };
 
+// What is chosen from logits that hold a NaN or an infinity: the weights or a kernel are broken.
+inline constexpr int32_t kNoToken = -1;
+
 // A token with its log-probability before temperature and penalties, and the best ones beside it, best first.
 struct ScoredToken {
   int32_t token = 0;
@@ -69,6 +72,7 @@ struct ScoredToken {
 
 struct SequenceOutput {
   SequenceId id = 0;
+  bool broken = false;                 // of its rows' logits some had no token to give: kNoToken
   std::optional<ScoredToken> sampled;  // when `sampling` was set
   std::vector<ScoredToken>
       prompt_scores;  // when `prompt_logprobs`: of tokens[num_cached + 1, ...], one a row but the sampled one's

@@ -73,7 +73,9 @@ void Scheduler::State::check_running() const {
     MOED_CHECK((sequence.num_missing() > 1) == prefilling.contains(running[i])) << "sequence " << sequence.id;
     num_prefilling += sequence.num_missing() > 1 ? 1 : 0;
     const BlockPool& pool = blocks_in(sequence.pool);
-    MOED_CHECK(can_hold(sequence, sequence.pool)) << "sequence " << sequence.id << " will outgrow its pool";
+    const int64_t largest = std::max(pools[0].allocator.num_blocks(), pools[1].allocator.num_blocks());
+    MOED_CHECK(final_blocks(sequence.num_prompt, sequence.max_tokens) <= largest)
+        << "sequence " << sequence.id << " will outgrow every pool";
     std::vector<int32_t> blocks = sequence.blocks;
     std::ranges::sort(blocks);
     MOED_CHECK(std::ranges::adjacent_find(blocks) == blocks.end())

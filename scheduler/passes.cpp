@@ -175,6 +175,8 @@ void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence,
   const bool was_prefill = sequence.num_missing() > 1;
   sequence.pass.reset();
   sequence.num_cached += step.num_new;
+  // Its KV may be as broken: nothing of it is kept.
+  if (output.broken) return end_sequence(sequence, next_event(sequence, false), FinishReason::kError);
   if (step.prompt_logprobs) keep_scores(step, sequence, output);
   register_blocks(sequence);
   const bool completes_prompt = step.num_cached < sequence.num_prompt && sequence.num_cached >= sequence.num_prompt;
@@ -182,15 +184,7 @@ void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence,
   if (was_prefill && sequence.num_missing() <= 1) prefilling.erase(&sequence);
   if (sequence.num_missing() > 0) return;
 
-  if (num_events == events.size()) events.emplace_back();
-  TokenEvent& event = events[num_events++];
-  event = TokenEvent{.request = sequence.request_id, .choice = sequence.choice, .has_token = step.sampling != nullptr};
-  if (!sequence.reported) {
-    sequence.reported = true;
-    event.num_cached_tokens = sequence.request->num_cached_prompt;
-    event.scheduled_us = sequence.request->scheduled_us;
-    event.prompt_scores = std::move(sequence.prompt_scores);
-  }
+  TokenEvent& event = next_event(sequence, step.sampling != nullptr);
   if (event.has_token) {
     MOED_CHECK(output.sampled.has_value()) << "the engine sampled nothing for sequence " << sequence.id;
     event.token = *output.sampled;
@@ -199,20 +193,35 @@ void Scheduler::State::commit_step(const StepSequence& step, Sequence& sequence,
   end_if_due(sequence, event);
 }
 
+TokenEvent& Scheduler::State::next_event(Sequence& sequence, bool has_token) {
+  if (num_events == events.size()) events.emplace_back();
+  TokenEvent& event = events[num_events++];
+  event = TokenEvent{.request = sequence.request_id, .choice = sequence.choice, .has_token = has_token};
+  if (sequence.reported) return event;
+  sequence.reported = true;
+  event.num_cached_tokens = sequence.request->num_cached_prompt;
+  event.scheduled_us = sequence.request->scheduled_us;
+  event.prompt_scores = std::move(sequence.prompt_scores);
+  return event;
+}
+
 // A stop token goes before a length that is reached with it.
 void Scheduler::State::end_if_due(Sequence& sequence, TokenEvent& event) {
+  FinishReason finish = FinishReason::kNone;
   if (event.has_token && sequence.may_stop) {
     const RequestSpec& spec = sequence.request->spec;
     const int32_t token = event.token.token;
     if (contains(spec.stop_token_ids, token) || (!spec.ignore_eos && contains(spec.eos_token_ids, token))) {
-      event.finish = FinishReason::kStop;
+      finish = FinishReason::kStop;
       event.stop_token = token;
     }
   }
-  if (event.finish == FinishReason::kNone && sequence.num_generated() >= sequence.max_tokens) {
-    event.finish = FinishReason::kLength;
-  }
-  if (event.finish == FinishReason::kNone) return;
+  if (finish == FinishReason::kNone && sequence.num_generated() >= sequence.max_tokens) finish = FinishReason::kLength;
+  if (finish != FinishReason::kNone) end_sequence(sequence, event, finish);
+}
+
+void Scheduler::State::end_sequence(Sequence& sequence, TokenEvent& event, FinishReason finish) {
+  event.finish = finish;
   ActiveRequest& request = *sequence.request;
   end(sequence);
   erase_if_gone(request);

@@ -19,18 +19,18 @@ Status Scheduler::add(Request request) {
   return Status();
 }
 
-std::vector<LiveSequence> Scheduler::finish(RequestId request, FinishReason reason) {
+std::vector<LiveSequence> Scheduler::finish(RequestId request) {
   std::vector<LiveSequence> live;
   const auto found = state_->requests.find(request);
   if (found == state_->requests.end()) return live;
   // From the back, so that no follower is made leader on the way. The request is gone with its last choice.
   for (int32_t choice = found->second->spec.n - 1; choice >= 0; --choice) {
-    std::ranges::move(finish_choice(request, choice, reason), std::back_inserter(live));
+    std::ranges::move(finish_choice(request, choice), std::back_inserter(live));
   }
   return live;
 }
 
-std::vector<LiveSequence> Scheduler::finish_choice(RequestId request, int32_t choice, FinishReason) {
+std::vector<LiveSequence> Scheduler::finish_choice(RequestId request, int32_t choice) {
   std::vector<LiveSequence> live;
   const auto found = state_->requests.find(request);
   if (found == state_->requests.end()) return live;
@@ -67,7 +67,7 @@ std::span<const BlockCopy> Scheduler::block_copies() const { return state_->pass
 
 StepShape Scheduler::shape(PassKind kind) const { return state_->pass(kind).shape; }
 
-std::span<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& output, int64_t) {
+std::span<TokenEvent> Scheduler::commit(PassKind kind, const StepOutput& output) {
   LivePass& pass = state_->pass(kind);
   MOED_CHECK(pass.live) << "no pass of that kind is live";
   state_->num_events = 0;

@@ -32,8 +32,7 @@ struct SchedulerConfig {
 };
 
 // Can a scheduler work with it? Errors: kInvalidArgument whose param() is the field: a pool that `kv` names has no
-// blocks
-// ("kv"), a sequence of max_model_len fits no pool that it may use ("max_model_len"), a limit is too small.
+// blocks ("kv"), a sequence of max_model_len fits no pool that it may use ("max_model_len"), a limit is too small.
 Status validate(const SchedulerConfig& config);
 
 // What happened to one choice of one request, in order. Exactly one event of each choice has finish != kNone, and it is
@@ -41,7 +40,7 @@ Status validate(const SchedulerConfig& config);
 struct TokenEvent {
   RequestId request = 0;
   int32_t choice = 0;
-  bool has_token = true;  // false: only prompt scores or a finish (max_tokens 0)
+  bool has_token = true;  // false: only prompt scores or a finish (max_tokens 0, or the engine's answer was broken)
   ScoredToken token;
   FinishReason finish = FinishReason::kNone;
   int32_t stop_token = -1;                 // the EOS or stop id that ended it
@@ -94,7 +93,7 @@ struct SchedulerStats {
 // tokens kept. A sequence is in at most one live pass. The choices of a request share its prompt's blocks.
 //
 // A sequence stays in one KV pool while it runs; each time it starts, kSplit takes the pool with room that holds more
-// of its tokens already, of equals the device's. Only pools that can hold it to its end are asked.
+// of its tokens already, of equals the device's. One that outgrows all of its pool starts again in the other.
 class Scheduler {
  public:
   // REQUIRES: validate(config) is OK.
@@ -108,8 +107,8 @@ class Scheduler {
   // Ends a request (all choices), or one choice of it: the client left, or a stop string was found. Blocks are freed at
   // once but for sequences in a live pass: they are returned, the caller drops each from its pass and then calls
   // dropped(). Unknown ids are ignored.
-  std::vector<LiveSequence> finish(RequestId request, FinishReason reason);
-  std::vector<LiveSequence> finish_choice(RequestId request, int32_t choice, FinishReason reason);
+  std::vector<LiveSequence> finish(RequestId request);
+  std::vector<LiveSequence> finish_choice(RequestId request, int32_t choice);
   void dropped(SequenceId id);
 
   // The sequences of the next pass of that kind; empty: nothing to do. kBulk: chunks of long prefills (and what shares
@@ -123,7 +122,7 @@ class Scheduler {
 
   // Ends the live pass of that kind with what it sampled. Events in the pass's order; the caller may move out of them,
   // and they stay valid until the next commit().
-  std::span<TokenEvent> commit(PassKind kind, const StepOutput& output, int64_t now_us);
+  std::span<TokenEvent> commit(PassKind kind, const StepOutput& output);
 
   // Anything waiting or running?
   bool idle() const;

@@ -45,8 +45,9 @@ struct Scheduler::State {
   void admit();
   bool start(Sequence& sequence);
   Match match(const Sequence& sequence, Pool pool) const;
+  // One that may outgrow the pool starts there nevertheless: most answers end long before max_tokens.
   bool can_hold(const Sequence& sequence, Pool pool) const {
-    return final_blocks(sequence.num_prompt, sequence.max_tokens) <= blocks_in(pool).allocator.num_blocks();
+    return blocks_for(static_cast<int64_t>(sequence.tokens.size())) <= blocks_in(pool).allocator.num_blocks();
   }
   bool fits(const Sequence& sequence, const Match& match) const;
   void take_blocks(Sequence& sequence, const Match& match);
@@ -92,7 +93,10 @@ struct Scheduler::State {
   void pick(PassKind kind, Sequence& sequence, int32_t num_new);
   void prefetch_step(const LivePass& live, size_t index) const;
   void commit_step(const StepSequence& step, Sequence& sequence, const SequenceOutput& output);
+  // The event that tells of it, with what its first one alone says.
+  TokenEvent& next_event(Sequence& sequence, bool has_token);
   void end_if_due(Sequence& sequence, TokenEvent& event);
+  void end_sequence(Sequence& sequence, TokenEvent& event, FinishReason finish);
   void keep_scores(const StepSequence& step, Sequence& sequence, const SequenceOutput& output) const;
   void register_blocks(Sequence& sequence);
   LivePass& pass(PassKind kind) { return passes[static_cast<size_t>(kind)]; }

@@ -160,7 +160,7 @@ class BenchLoop {
     const StepOutput output = engine_.finish(std::exchange(pass(kind), Pass()));
     tracker_.observe(shape, output.times.total_us);
     add(sums_.lanes, lane_estimate_.of(output.times));
-    for (const TokenEvent& event : scheduler_.commit(kind, output, now_us())) MOED_RETURN_IF_ERROR(take(event));
+    for (const TokenEvent& event : scheduler_.commit(kind, output)) MOED_RETURN_IF_ERROR(take(event));
     if (!steady_begun_ &&
         std::all_of(clients_.begin(), clients_.end(), [](const Client& c) { return c.requests > 0; })) {
       steady_begun_ = true;

@@ -154,7 +154,7 @@ void ServingLoop::commit(PassKind kind) {
   // A pass that lost sequences on its way took less time than its shape says.
   if (!cut_short_[static_cast<size_t>(kind)]) tracker_.observe(shape, output.times.total_us);
   const int64_t now = now_us();
-  for (TokenEvent& event : scheduler_.commit(kind, output, now)) deliver(std::move(event), now);
+  for (TokenEvent& event : scheduler_.commit(kind, output)) deliver(std::move(event), now);
 }
 
 void ServingLoop::at_boundary() {
@@ -197,7 +197,7 @@ void ServingLoop::apply_signals() {
     const RequestId id = active->first;
     for (const int32_t choice : active->second.stream->take_ended_choices()) {
       if (active->second.choices[choice].ended) continue;
-      leave(scheduler_.finish_choice(id, choice, FinishReason::kStop));
+      leave(scheduler_.finish_choice(id, choice));
       end_choice(active, choice, FinishReason::kStop, now_us());
       if (!active_.contains(id)) break;
     }
@@ -228,11 +228,11 @@ void ServingLoop::leave(const std::vector<LiveSequence>& live) {
   }
 }
 
-void ServingLoop::cancel(ActiveMap::iterator active) {
+void ServingLoop::cancel(ActiveMap::iterator active, FinishReason reason) {
   const int32_t num_waiting = scheduler_.stats().num_waiting;
-  leave(scheduler_.finish(active->first, FinishReason::kCancelled));
+  leave(scheduler_.finish(active->first));
   const bool was_waiting = scheduler_.stats().num_waiting < num_waiting;
-  finish_metrics(active->second, FinishReason::kCancelled, now_us(), was_waiting);
+  finish_metrics(active->second, reason, now_us(), was_waiting);
   num_open_.fetch_sub(1, std::memory_order_acq_rel);
   active_.erase(active);
 }
@@ -250,6 +250,13 @@ void ServingLoop::deliver(TokenEvent event, int64_t now) {
   Active& active = found->second;
   const int32_t choice = event.choice;
   const FinishReason finish = event.finish;
+  if (finish == FinishReason::kError) {
+    spdlog::error("request {}: its logits hold a NaN or an infinity: broken weights or a broken kernel", found->first);
+    active.stream->fail(
+        Status(StatusCode::kInternal, "the model gave no probabilities: its logits hold a NaN or an infinity"));
+    cancel(found, finish);
+    return;
+  }
   if (active.scheduled_us == 0) active.scheduled_us = event.scheduled_us;
   if (active.first_token_us == 0) {
     active.first_token_us = now;

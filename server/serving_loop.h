@@ -95,7 +95,7 @@ class ServingLoop {
   void apply_signals();
   void apply_deadline();
   void leave(const std::vector<LiveSequence>& live);
-  void cancel(ActiveMap::iterator active);
+  void cancel(ActiveMap::iterator active, FinishReason reason = FinishReason::kCancelled);
   void give_up(RequestStream& stream, Status status);
   void deliver(TokenEvent event, int64_t now);
   void finish_metrics(const Active& active, FinishReason reason, int64_t now, bool was_waiting = false);

@@ -86,6 +86,24 @@ def test_the_whole_checkpoint_serves(model):
         assert daemon.stop() == 0, daemon.log
 
 
+def test_weights_that_are_no_numbers(model):
+    """Every answer is an error that says why, and the daemon goes on."""
+    file = model / "model.safetensors"
+    whole = bytearray(file.read_bytes())
+    (size,) = struct.unpack("<Q", whole[:8])
+    begin, _ = json.loads(whole[8:8 + size])["lm_head.weight"]["data_offsets"]
+    whole[8 + size + begin:8 + size + begin + 2] = struct.pack("<H", 0x7FC0)
+    file.write_bytes(whole)
+    daemon = Daemon(MOED, model, "--kv-gib", "0.1")
+    try:
+        for more in ({}, {"logprobs": 1, "temperature": 0}):
+            answer = requests.post(daemon.url + "/v1/completions", json={"prompt": "hello", "max_tokens": 2} | more, timeout=30)
+            assert answer.status_code == 500 and "NaN" in answer.json()["error"]["message"], answer.text
+        assert requests.get(daemon.url + "/health", timeout=10).status_code == 200
+    finally:
+        assert daemon.stop() == 0, daemon.log
+
+
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file(model, file):
     (model / file).unlink()

@@ -167,12 +167,19 @@ class BrokenSource final : public TensorSource {
   const TensorSource& whole_;
 };
 
-TEST(HeadDeathTest, BrokenLogitsEndTheProcess) {
+TEST(Head, BrokenLogitsAreSaidOfTheirSequence) {
   const Model model = parse_tiny(tiny_models()[0]);
   const auto source = dummy_weights(model, 21);
-  const std::vector<Mixed> mixed = {{.name = "draw", .sampling = {.seed = 1}}};
-  EngineBox box(model, BrokenSource(*source), opened("emulated", {.num_threads = 1}), head_config());
-  EXPECT_DEATH(run(box, mixed, [] {}), "logits hold a NaN or an infinity");
+  // The first is drawn on the device, the second's logits cross the link.
+  const std::vector<Mixed> mixed = {{.name = "draw", .sampling = {.seed = 1}},
+                                    {.name = "scores", .sampling = {.seed = 1, .num_logprobs = 1}}};
+  for (const char* device : {"emulated", "cpu"}) {
+    EngineBox box(model, BrokenSource(*source), opened(device, {.num_threads = 1}), head_config());
+    for (const SequenceOutput& output : run(box, mixed, [] {})) {
+      EXPECT_TRUE(output.broken) << device;
+      EXPECT_EQ(output.sampled.value().token, kNoToken) << device;
+    }
+  }
 }
 
 }  // namespace

@@ -352,12 +352,16 @@ TEST(Sampler, ExtremeParametersLeaveTheLogitsFinite) {
       0);
 }
 
-TEST(SamplerDeathTest, BrokenLogitsEndTheProcess) {
+TEST(Sampler, BrokenLogitsGiveNoToken) {
   std::vector<float> logits = random_logits(100, 16);
-  logits[50] = std::nanf("");
-  EXPECT_DEATH(sample(logits, {}), "NaN");
-  logits[50] = kInfinity;
-  EXPECT_DEATH(sample(logits, {}), "infinity");
+  for (const float broken : {std::nanf(""), kInfinity}) {
+    logits[50] = broken;
+    EXPECT_EQ(sample(logits, {}).token, kNoToken);
+    EXPECT_EQ(sample(logits, {.temperature = 0.0F, .num_logprobs = 2}).token, kNoToken);
+    EXPECT_EQ(sample(logits, {.logit_bias = {{3, 5.0F}}}).token, kNoToken);
+    SamplerScratch scratch;
+    EXPECT_EQ(score_token(logits, 7, 2, scratch).token, kNoToken);
+  }
 }
 
 }  // namespace

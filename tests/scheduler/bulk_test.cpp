@@ -72,7 +72,7 @@ TEST(SchedulerBulk, ALongPromptDoesNotHoldUpShorterOnes) {
       if (step.sampling != nullptr) answer.sampled.emplace();
     }
     ++num_passes;
-    for (const TokenEvent& event : scheduler.commit(kBulk, output, 0)) {
+    for (const TokenEvent& event : scheduler.commit(kBulk, output)) {
       answered_after.emplace(event.request, num_passes);
     }
     scheduler.check_invariants();
@@ -87,8 +87,8 @@ TEST(SchedulerBulk, ALongPromptDoesNotHoldUpShorterOnes) {
   EXPECT_FALSE(answered_after.contains(1));
   while (!answered_after.contains(1) && num_passes < 100) {
     run_bulk();
-    scheduler.finish(2, FinishReason::kCancelled);
-    scheduler.finish(3, FinishReason::kCancelled);
+    scheduler.finish(2);
+    scheduler.finish(3);
   }
   EXPECT_LE(num_passes, 1 + (32'000 + 2'100) / 512 + 2);  // and no row is wasted
 }

@@ -70,14 +70,16 @@ struct Received {
 // A scheduler and a FakeEngine, driven by hand.
 class Harness {
  public:
-  explicit Harness(const SchedulerConfig& config, StepModel model = StepModel(0.0, 1.0, 0.0), int32_t num_layers = 2)
+  explicit Harness(const SchedulerConfig& config, StepModel model = StepModel(0.0, 1.0, 0.0), int32_t num_layers = 2,
+                   int32_t breaks_on = -1)
       : scheduler(config),
         engine({.num_layers = num_layers,
                 .rows_max = config.pass_rows_max,
                 .num_blocks = config.num_blocks,
                 .device_blocks = config.device_blocks,
                 .block_tokens = config.block_tokens,
-                .vocab_size = kVocab}),
+                .vocab_size = kVocab,
+                .breaks_on = breaks_on}),
         model_(model) {}
 
   Status add(RequestSpec spec) {
@@ -100,7 +102,7 @@ class Harness {
 
   void commit(PassKind kind) {
     const StepOutput output = engine.finish(std::exchange(pass(kind), Pass()));
-    for (TokenEvent& event : scheduler.commit(kind, output, 0)) receive(std::move(event));
+    for (TokenEvent& event : scheduler.commit(kind, output)) receive(std::move(event));
     scheduler.check_invariants();
   }
 

@@ -69,7 +69,7 @@ int main() {
         output.sequences[i].sampled.emplace().token = static_cast<int32_t>(random() % kVocab);
     }
     begin_us = cpu_us();
-    scheduler.commit(PassKind::kInteractive, output, 0);
+    scheduler.commit(PassKind::kInteractive, output);
     const double total_us = scheduled_us + cpu_us() - begin_us;
     if (step < kWarmUpSteps) continue;
     schedule_us.push_back(scheduled_us);

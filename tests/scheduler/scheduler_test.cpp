@@ -86,7 +86,7 @@ TEST(Scheduler, RefusesWhenTheQueueIsFull) {
   ASSERT_TRUE(harness.add(make_spec(2, make_prompt(3, 2), 3)).ok());
   ASSERT_TRUE(harness.add(make_spec(3, make_prompt(3, 3), 3)).ok());
   EXPECT_EQ(harness.add(make_spec(4, make_prompt(3, 4), 3)).code(), StatusCode::kResourceExhausted);
-  harness.scheduler.finish(2, FinishReason::kCancelled);
+  harness.scheduler.finish(2);
   EXPECT_TRUE(harness.add(make_spec(5, make_prompt(3, 5), 3)).ok());
   harness.run_all();
   expect_clean(harness);
@@ -111,7 +111,7 @@ TEST(Scheduler, EachChoiceOfAWaitingRequestCountsItsPrompt) {
   ASSERT_TRUE(harness.add(many).ok());
   EXPECT_EQ(harness.add(make_spec(2, make_prompt(7, 2), 3)).code(), StatusCode::kResourceExhausted);
   ASSERT_TRUE(harness.add(make_spec(3, make_prompt(6, 3), 3)).ok());
-  harness.scheduler.finish(1, FinishReason::kCancelled);
+  harness.scheduler.finish(1);
   RequestSpec more = make_spec(4, make_prompt(7, 4), 3);
   more.n = 4;
   const Status status = harness.add(more);
@@ -280,7 +280,7 @@ TEST(Scheduler, RunningRequestsShareBlocks) {
   EXPECT_EQ(harness.scheduler.stats().num_running, 2);
   EXPECT_LE(harness.scheduler.stats().blocks_used(), alone + 2);
   // The first leaves; the second still reads what they shared.
-  harness.leave(harness.scheduler.finish(1, FinishReason::kCancelled));
+  harness.leave(harness.scheduler.finish(1));
   harness.run_all();
   expect_answer(harness, make_spec(2, make_prompt(17, 1), 20));
   expect_clean(harness);
@@ -417,7 +417,7 @@ TEST(Scheduler, AFollowingChoiceTakesOverWhenTheFirstIsCancelled) {
   spec.n = 3;
   ASSERT_TRUE(harness.add(spec).ok());
   ASSERT_FALSE(harness.begin(kBulk).empty());
-  harness.leave(harness.scheduler.finish_choice(1, 0, FinishReason::kCancelled));
+  harness.leave(harness.scheduler.finish_choice(1, 0));
   EXPECT_FALSE(harness.advance(kBulk));
   harness.commit(kBulk);
   harness.run_all();

@@ -180,8 +180,7 @@ class Simulation {
     const int32_t choice = chance(50) ? -1 : between(0, client.spec.n - 1);
     const int64_t used = scheduler_.stats().blocks_used();
     const int32_t running = scheduler_.stats().num_running;
-    const std::vector<LiveSequence> live = choice < 0 ? scheduler_.finish(id, FinishReason::kCancelled)
-                                                      : scheduler_.finish_choice(id, choice, FinishReason::kStop);
+    const std::vector<LiveSequence> live = choice < 0 ? scheduler_.finish(id) : scheduler_.finish_choice(id, choice);
     ++tally_.events;
     for (int32_t c = 0; c < client.spec.n; ++c) {
       if ((choice < 0 || c == choice) && !client.choices[c].ended) end(client, c);
@@ -215,8 +214,11 @@ class Simulation {
     const int32_t layers = between(0, 2 * world_.num_layers);
     for (int32_t i = 0; i < layers; ++i) advance(chance(60) ? PassKind::kInteractive : PassKind::kBulk);
     if (any || scheduler_.idle() || failed()) return;
-    // Nothing alive: one of the two kinds must have work.
-    ASSERT_TRUE(begin(PassKind::kBulk) || begin(PassKind::kInteractive)) << "nothing can run, but requests wait";
+    // Nothing alive: one of the two kinds must have work, if only after a sequence has left the pool that it outgrew.
+    for (int look = 0; look < 2; ++look) {
+      if (begin(PassKind::kBulk) || begin(PassKind::kInteractive)) return;
+    }
+    FAIL() << "nothing can run, but requests wait";
   }
 
   bool begin(PassKind kind) {
@@ -253,7 +255,7 @@ class Simulation {
     if (!pass(kind).alive() || engine_.advance(pass(kind))) return;
     const StepOutput output = engine_.finish(std::exchange(pass(kind), Pass()));
     ++tally_.events;
-    for (const TokenEvent& event : scheduler_.commit(kind, output, 0)) receive(event);
+    for (const TokenEvent& event : scheduler_.commit(kind, output)) receive(event);
     scheduler_.check_invariants();
   }
 
@@ -361,7 +363,7 @@ TEST(SchedulerSimulationDeathTest, ABrokenInvariantTellsTheSeed) {
   const auto broken = [] {
     const WorldUnderWay world(4711);
     Harness harness(SchedulerConfig{.block_tokens = 4, .num_blocks = 8});
-    harness.scheduler.commit(PassKind::kBulk, StepOutput(), 0);
+    harness.scheduler.commit(PassKind::kBulk, StepOutput());
   };
   EXPECT_EXIT(broken(), testing::KilledBySignal(SIGABRT),
               "no pass of that kind is live(.|\n)*repeat with MOED_SIM_SEED=4711 MOED_SIM_EVENTS=1");

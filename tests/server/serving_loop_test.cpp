@@ -98,6 +98,7 @@ class ServingLoopTest : public ::testing::Test {
     engine.vocab_size = kVocab;
     engine.layer_us = layer_us;
     engine.row_us = row_us;
+    engine.breaks_on = breaks_on_;
     engine_ = std::make_unique<FakeEngine>(engine);
     SchedulerConfig config;
     config.num_blocks = num_blocks;
@@ -136,6 +137,7 @@ class ServingLoopTest : public ::testing::Test {
 
   ModelConfig model_;
   ServerMetrics metrics_{"test"};
+  int32_t breaks_on_ = -1;
   std::unique_ptr<FakeEngine> engine_;
   std::unique_ptr<Scheduler> scheduler_;
   std::unique_ptr<ServingLoop> loop_;
@@ -194,6 +196,22 @@ TEST_F(ServingLoopTest, ADeadDoorIsNoticedWhereverItsRequestIs) {
     std::this_thread::sleep_for(std::chrono::milliseconds(round % 8));
   }
   wait_idle();
+}
+
+TEST_F(ServingLoopTest, ABrokenAnswerFailsItsRequestAlone) {
+  breaks_on_ = 5;
+  begin(1024, 0);
+  std::vector<int32_t> tokens = prompt(30, 1);
+  tokens[20] = breaks_on_;
+  Client broken(*loop_, 1, tokens, 10);
+  broken.wait_for(1);
+  EXPECT_EQ(broken.failure().code(), StatusCode::kInternal);
+  EXPECT_NE(broken.failure().message().find("NaN"), std::string::npos) << broken.failure().message();
+  std::replace(tokens.begin(), tokens.end(), breaks_on_, breaks_on_ + 1);
+  Client whole(*loop_, 2, tokens, 1);
+  EXPECT_EQ(whole.wait_for(1).size(), 1U) << whole.failure().message();
+  wait_idle();
+  EXPECT_NE(metrics_.text().find("finished_reason=\"error\""), std::string::npos);
 }
 
 // What /live is told by: fresh while there is nothing to do, stale while a layer does not come back.

@@ -192,6 +192,7 @@ void FakeEngine::drop(Pass& pass, SequenceId id) {
 
 SequenceOutput FakeEngine::output_of(const StepSequence& sequence) const {
   SequenceOutput output{.id = sequence.id, .sampled = std::nullopt, .prompt_scores = {}};
+  output.broken = std::find(sequence.tokens.begin(), sequence.tokens.end(), config_.breaks_on) != sequence.tokens.end();
   if (!sequence.prompt_logprobs) return output;
   uint64_t hash = kEmptyHash;
   const int32_t last = std::min(sequence.num_cached + sequence.num_new, sequence.num_prompt - 1);

@@ -32,6 +32,7 @@ struct FakeEngineConfig {
   // Time that one layer of a pass sleeps: layer_us + rows * row_us.
   int64_t layer_us = 0;
   int64_t row_us = 0;
+  int32_t breaks_on = -1;  // the answer to a sequence that holds this token is broken
 };
 
 // An Engine without a model, for tests of what stands above engines. Its KV holds, per layer and slot, the token that
