@@ -13,6 +13,7 @@
 #include "model/tensor_source.h"
 #include "model/weights.h"
 #include "offload/expert_store.h"
+#include "server/scheduling.h"
 
 namespace moed {
 namespace {

@@ -56,7 +56,4 @@ StatusOr<std::unique_ptr<Backend>> load_bench_backend(const Settings& settings, 
 // Host memory that this process may still take: min(MemAvailable, cgroup headroom).
 MachineMemory machine_memory();
 
-// The block size of KV, tokens.
-inline constexpr int32_t kKvBlockTokens = 16;
-
 }  // namespace moed

@@ -15,6 +15,7 @@
 #include "server/backend.h"
 #include "server/bench_loop.h"
 #include "server/model_shapes.h"
+#include "server/scheduling.h"
 #include "server/settings.h"
 
 namespace moed {
@@ -109,7 +110,7 @@ StatusOr<BenchOptions> read_options(const std::vector<std::string>& args) {
 }
 
 // What the workload needs, unless set: contexts of its lengths, KV for all clients where their KV is to be, one pass
-// for all of their rows.
+// for all of their rows, a queue for all.
 void fit_settings(const BenchWorkload& workload, const ModelConfig& model, Settings* settings) {
   const int64_t longest = std::max<int64_t>(int64_t{workload.prompt_tokens} + workload.new_tokens,
                                             int64_t{workload.long_prompt_tokens} + 1);
@@ -118,6 +119,9 @@ void fit_settings(const BenchWorkload& workload, const ModelConfig& model, Setti
   const int64_t sequences = workload.clients + (workload.long_prompt_tokens > 0 ? 1 : 0);
   settings->scheduler.sequences_max = std::max(settings->scheduler.sequences_max, sequences);
   settings->scheduler.queue_max = std::max(settings->scheduler.queue_max, sequences);
+  settings->scheduler.queue_tokens_max =
+      std::max(settings->scheduler.queue_tokens_max,
+               int64_t{workload.clients} * workload.prompt_tokens + workload.long_prompt_tokens);
   settings->scheduler.pass_rows_max = std::max(settings->scheduler.pass_rows_max, sequences);
   const auto context_blocks = [](int64_t tokens) { return (tokens + kKvBlockTokens - 1) / kKvBlockTokens + 1; };
   const int64_t blocks = workload.clients * context_blocks(int64_t{workload.prompt_tokens} + workload.new_tokens) +
@@ -127,21 +131,6 @@ void fit_settings(const BenchWorkload& workload, const ModelConfig& model, Setti
   const bool on_device = settings->placement.kv == "device";
   double& wanted = on_device ? settings->memory.device_kv_gib : settings->memory.kv_gib;
   if (wanted == 0.0) wanted = gib;
-}
-
-SchedulerConfig scheduler_config(const Settings& settings, const MemoryBudget& budget, KvPlacement kv) {
-  SchedulerConfig config;
-  config.block_tokens = kKvBlockTokens;
-  config.num_blocks = budget.kv_blocks;
-  config.device_blocks = budget.device.kv_blocks;
-  config.kv = kv;
-  config.max_model_len = budget.max_model_len;
-  config.pass_rows_max = static_cast<int32_t>(settings.scheduler.pass_rows_max);
-  config.sequences_max = static_cast<int32_t>(settings.scheduler.sequences_max);
-  config.queue_max = static_cast<int32_t>(settings.scheduler.queue_max);
-  config.bulk_rows_min = static_cast<int32_t>(settings.scheduler.bulk_rows_min);
-  config.prefix_cache = settings.memory.prefix_cache;
-  return config;
 }
 
 // The figures of a stretch of time.

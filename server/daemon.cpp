@@ -11,6 +11,7 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "server/generation.h"
+#include "server/scheduling.h"
 
 #ifndef MOED_VERSION
 #define MOED_VERSION "unknown"
@@ -22,8 +23,6 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kTextThreads = 2;
-// A pass that has not reached a layer boundary for so long hangs.
-constexpr int64_t kHeartbeatMaxUs = 60'000'000;
 // Between two lines of the log about loading.
 constexpr int64_t kProgressUs = 2'000'000;
 // Events that a door may leave unread before its request is dropped.
@@ -131,22 +130,6 @@ Status Daemon::load_text(Loaded& loaded) const {
   return Status();
 }
 
-SchedulerConfig Daemon::scheduler_config(const MemoryBudget& budget, KvPlacement kv) const {
-  SchedulerConfig config;
-  config.block_tokens = kKvBlockTokens;
-  config.num_blocks = budget.kv_blocks;
-  config.device_blocks = budget.device.kv_blocks;
-  config.kv = kv;
-  config.max_model_len = budget.max_model_len;
-  config.pass_rows_max = static_cast<int32_t>(settings_.scheduler.pass_rows_max);
-  config.sequences_max = static_cast<int32_t>(settings_.scheduler.sequences_max);
-  config.queue_max = static_cast<int32_t>(settings_.scheduler.queue_max);
-  config.queue_tokens_max = settings_.scheduler.queue_tokens_max;
-  config.bulk_rows_min = static_cast<int32_t>(settings_.scheduler.bulk_rows_min);
-  config.prefix_cache = settings_.memory.prefix_cache;
-  return config;
-}
-
 Status Daemon::load(const BackendFactory& factory) {
   auto loaded = std::make_unique<Loaded>();
   MOED_ASSIGN_OR_RETURN(loaded->model, load_model_config(settings_.model.path));
@@ -177,7 +160,7 @@ Status Daemon::load(const BackendFactory& factory) {
   context.max_model_len = budget.max_model_len;
   context.limits = settings_.limits;
 
-  const SchedulerConfig scheduling = scheduler_config(budget, loaded->backend->planning().kv);
+  const SchedulerConfig scheduling = scheduler_config(settings_, budget, loaded->backend->planning().kv);
   MOED_RETURN_IF_ERROR(validate(scheduling));
   metrics_.set_cache(scheduling.block_tokens, scheduling.num_blocks, scheduling.device_blocks, scheduling.prefix_cache);
   const Planning planning = loaded->backend->planning();
@@ -292,7 +275,8 @@ Health Daemon::health() const {
   health.loaded_bytes = loaded_bytes_;
   health.total_bytes = total_bytes_;
   const Loaded* loaded = loaded_.load(std::memory_order_acquire);
-  health.alive = loaded == nullptr || now_us() - loaded->loop->heartbeat_us() < kHeartbeatMaxUs;
+  const auto layer_us = static_cast<int64_t>(settings_.limits.layer_seconds * 1e6);
+  health.alive = loaded == nullptr || now_us() - loaded->loop->heartbeat_us() < layer_us;
   return health;
 }
 

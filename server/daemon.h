@@ -56,7 +56,6 @@ class Daemon final : public Service {
   };
   Status load_text(Loaded& loaded) const;
   Status unavailable() const;
-  SchedulerConfig scheduler_config(const MemoryBudget& budget, KvPlacement kv) const;
 
   const Settings settings_;
   const ApiKeys keys_;

@@ -87,6 +87,7 @@ struct Settings {
     double write_seconds = 30;
     double ping_seconds = 10;
     double request_seconds = 0;  // 0: no limit
+    double layer_seconds = 60;
     int64_t template_fuel = 2'000'000;
     int64_t template_output_bytes = 16ll << 20;
   } limits;

@@ -219,6 +219,19 @@ def test_many_at_once_answer_as_alone(fake):
     assert together == alone
 
 
+def test_a_layer_that_hangs_turns_live_red(start_fake):
+    daemon = start_fake("--layer-seconds", "1", FAKE_LAYERS="1", FAKE_LAYER_US="2500000")
+    live = lambda: requests.get(daemon.url + "/live", timeout=10).status_code
+    for _ in range(15):  # longer than that, nothing is asked
+        assert live() == 200
+        time.sleep(0.1)
+    body = {"messages": MESSAGES, "max_tokens": 1, "stream": True}
+    with requests.post(daemon.url + "/v1/chat/completions", json=body, stream=True, timeout=30) as answer:
+        assert eventually(lambda: live() == 503)
+        assert b"[DONE]" in answer.content
+    assert eventually(lambda: live() == 200)
+
+
 def test_full_queue_is_429(start_fake):
     daemon = start_fake("--sequences-max", "1", "--queue-max", "1", FAKE_LAYER_US="20000")
     body = {"messages": MESSAGES, "max_tokens": 200, "ignore_eos": True, "stream": True}

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "server/scheduling.h"
 #include "server/serve.h"
 #include "tests/support/fake_engine.h"
 
