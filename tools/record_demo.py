@@ -70,7 +70,8 @@ def sure_steps(reference, sequence, prompt_tokens):
     return margin, tolerance, exact.argmax(-1), tolerances[0].max().item()
 
 
-def main():
+def load_demo():
+    """(tokenizer, transformers' model, reference) of the folder in the command line, else of models/demo."""
     folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / 'models' / 'demo'
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -80,6 +81,11 @@ def main():
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     reference = SparseReference(Shape({'config': json.loads((folder / 'config.json').read_text())}),
                                 load_file(folder / 'model.safetensors'), model.model.rotary_emb)
+    return tokenizer, model, reference
+
+
+def main():
+    tokenizer, model, reference = load_demo()
     answers = []
     for prompt in PROMPTS:
         inputs = tokenizer.apply_chat_template([{'role': 'user', 'content': prompt}], add_generation_prompt=True,

@@ -11,13 +11,10 @@ To run it: the environment of tools/make_goldens.py, and tools/make_demo.py --ou
 
 import json
 import pathlib
-import sys
 
 import torch
-import transformers
-from make_goldens import PINNED, ROUNDOFF, SIGMAS, Shape
-from record_demo import DRAWS, SparseReference
-from safetensors.torch import load_file
+from make_goldens import PINNED, ROUNDOFF, SIGMAS
+from record_demo import DRAWS, load_demo
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FACTS = ROOT / 'tests' / 'e2e' / 'lm_eval' / 'facts.jsonl'
@@ -58,15 +55,7 @@ def entry(model, reference, tokens, num_context):
 
 
 def main():
-    folder = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / 'models' / 'demo'
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    torch.set_grad_enabled(False)
-    torch.set_num_threads(1)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    reference = SparseReference(Shape({'config': json.loads((folder / 'config.json').read_text())}),
-                                load_file(folder / 'model.safetensors'), model.model.rotary_emb)
+    tokenizer, model, reference = load_demo()
     entries = []
     for item, choice, context, continuation in pairs():
         tokens = tokenizer(context + continuation, add_special_tokens=False, return_tensors='pt')['input_ids'][0]
