@@ -19,12 +19,14 @@ check() {
 }
 
 format() {
-  local file bad=0
+  local file bad=0 count=0
   while read -r file; do
+    count=$((count + 1))
     clang-format-16 --dry-run -Werror "$file" 2>/dev/null && continue
     echo "$file: not as clang-format writes it (make format)"
     bad=1
   done < <(git -c safe.directory='*' ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh')
+  [ "$count" -gt 0 ] || { echo "no sources found: is this a git checkout, and git installed?"; bad=1; }
   return "$bad"
 }
 

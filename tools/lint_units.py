@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Runs one of clang's checks over the units of compile_commands.json. usage: lint_units.py thread-safety|tidy
 
-thread-safety: clang++-16 -Wthread-safety -Werror -fsyntax-only over every unit that clang can parse.
-tidy: clang-tidy-16 with .clang-tidy's small set over the core's units.
+tidy: clang-tidy-16 with .clang-tidy's small set over the core's units; -Wthread-safety is in that set.
+thread-safety: clang++-16 -Wthread-safety -Werror -fsyntax-only over every other unit that clang can parse.
 
-A unit that passed is not read again until it, a header it includes, its command or this tool's settings change: stamps
-lie in build/lint/. Prints what clang said about the units that fail, and exits 1 if any does."""
+A unit that passed is not read again until it, a header it includes (as the build found them), its command or this tool's
+settings change: stamps lie in build/lint/. Prints what clang said about the units that fail, and exits 1 if any does."""
 
 import concurrent.futures
 import hashlib
@@ -40,9 +40,9 @@ def units(mode):
         text = includes_text(path)
         if UNPARSABLE.search(text):
             continue
-        if mode == "tidy" and (not name.startswith(TIDY_FOLDERS) or TIDY_SKIPS.search(text)):
-            continue
-        yield name, clang_arguments(entry)
+        is_core = name.startswith(TIDY_FOLDERS) and not TIDY_SKIPS.search(text)
+        if is_core == (mode == "tidy"):
+            yield name, clang_arguments(entry)
 
 
 def includes_text(path, seen=None):
@@ -77,6 +77,17 @@ def settings_digest(mode, arguments):
     return digest.hexdigest()
 
 
+def built_from():
+    """{unit: the files that the compiler read for it}"""
+    text = subprocess.run(["ninja", "-C", str(BUILD), "-t", "deps"], capture_output=True, text=True, check=True).stdout
+    found = {}
+    for block in text.split("\n\n"):
+        files = [(BUILD / line.strip()).resolve() for line in block.splitlines() if line.startswith("    ")]
+        if files and files[0].is_relative_to(ROOT):
+            found[str(files[0].relative_to(ROOT))] = [str(file) for file in files]
+    return found
+
+
 def still_good(stamp, digest):
     """Whether the stamp names this digest and no file it lists is newer."""
     try:
@@ -87,8 +98,8 @@ def still_good(stamp, digest):
         return False
 
 
-def check(mode, name, arguments):
-    """None when the unit passes, else what clang said."""
+def check(mode, name, arguments, files):
+    """None when the unit passes, else what clang said. files: those whose change makes it be read again."""
     stamp = STAMPS / mode / (name.replace("/", "_") + ".ok")
     digest = settings_digest(mode, arguments)
     if still_good(stamp, digest):
@@ -97,18 +108,14 @@ def check(mode, name, arguments):
     stamp.unlink(missing_ok=True)
     started = stamp.with_suffix(".begun")
     started.touch()
-    deps = stamp.with_suffix(".d")
-    scan = ["clang++-16", *arguments, "-w", "-M", "-MF", str(deps), name]
     if mode == "thread-safety":
         command = ["clang++-16", *arguments, "-Wthread-safety", "-Werror", "-fsyntax-only", name]
     else:
-        command = ["clang-tidy-16", "--quiet", name, "--", *arguments]
-    for step in (scan, command):
-        done = subprocess.run(step, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            return re.sub(r"^\d+ warnings? generated\.\n", "", done.stdout, flags=re.M)
-    files = deps.read_text().replace("\\\n", " ").split(":", 1)[1].split()
-    stamp.write_text("\n".join([digest, *(str((ROOT / file).resolve()) for file in files)]) + "\n")
+        command = ["clang-tidy-16", "--quiet", name, "--", *arguments, "-Wthread-safety"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        return re.sub(r"^\d+ warnings? generated\.\n", "", done.stdout, flags=re.M)
+    stamp.write_text("\n".join([digest, *files]) + "\n")
     times = started.stat()
     os.utime(stamp, (times.st_atime, times.st_mtime))
     started.unlink()
@@ -117,10 +124,13 @@ def check(mode, name, arguments):
 
 def main(mode):
     work = dict(units(mode))
+    files = built_from()
+    if unbuilt := [name for name in work if name not in files]:
+        sys.exit(f"{mode}: {unbuilt[0]} is not built yet: build all of {BUILD.relative_to(ROOT)} first")
     jobs = int(os.environ.get("JOBS") or os.cpu_count())
     failed = 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        runs = {pool.submit(check, mode, name, arguments): name for name, arguments in sorted(work.items())}
+        runs = {pool.submit(check, mode, name, arguments, files[name]): name for name, arguments in sorted(work.items())}
         for number, run in enumerate(concurrent.futures.as_completed(runs), 1):
             if run.result() is not None:
                 failed += 1
