@@ -1,5 +1,8 @@
 # docker build -t moed .
 # docker run --rm -p 127.0.0.1:8000:8000 -v /path/to/checkpoint:/models:ro -e MOED_API_KEY=secret moed
+# A snapshot folder of the hub's cache holds links into ../../blobs: mount the model's whole folder of the cache and name the
+# snapshot in it (moed serve --model /models/snapshots/... --host 0.0.0.0). Set other ports by MOED_HTTP_PORT and
+# MOED_GRPC_PORT, not by flags: the health check sees these alone.
 # Inside the container the daemon binds every address, so it wants a key; `--insecure` waives it (deploy/compose.yaml
 # does, and publishes on loopback only).
 # Without CUDA: cublasLt alone is five times as large as all else. On a machine with a GPU, `make serve`.

@@ -49,7 +49,8 @@ constexpr DtypeRow kDtypes[] = {
 class File {
  public:
   static StatusOr<File> open(const std::string& path, std::string name) {
-    File file(::open(path.c_str(), O_RDONLY | O_CLOEXEC), std::move(name));
+    // A FIFO would be waited for until somebody writes to it.
+    File file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK), std::move(name));
     struct stat info {};
     if (file.fd_ < 0 || fstat(file.fd_, &info) != 0) {
       return Status(StatusCode::kNotFound, path + ": " + std::strerror(errno));

@@ -5,6 +5,7 @@
 #   test     serve + linters and test clients  cuda     build + .venv-cuda: nvcc and CUDA's libraries, no driver
 # When nothing is missing it returns at once and touches no network. apt packages need root or sudo.
 set -euo pipefail
+export LC_ALL=C # what apt and dpkg say is read
 cd "$(dirname "$0")/.."
 
 # Rust of the suite bookworm-security: bookworm's own rustc-web is too old for the crates that text/ pins.
@@ -67,7 +68,11 @@ install_packages() {
   say "installing ${#missing[@]} packages of $suite: ${missing[*]} (log: $log)"
   as_root env "${env[@]}" apt-get update -qq
   check_rust
-  as_root env "${env[@]}" apt-get install -y --no-install-recommends -o Dpkg::Use-Pty=0 -o Acquire::Retries=3 \
+  # Debian's rustc-web cannot stand beside its rustc or rustup: what somebody uses is not for this script to take away.
+  local plan
+  plan=$(apt-get install -s --no-install-recommends "${missing[@]}" 2>/dev/null | sed -n 's/^Remv \([^ ]*\).*/\1/p' | paste -sd' ')
+  [ -z "$plan" ] || fail "apt would remove $plan to install ${missing[*]}: remove them yourself if you can do without"
+  as_root env "${env[@]}" apt-get install -y --no-remove --no-install-recommends -o Dpkg::Use-Pty=0 -o Acquire::Retries=3 \
     "${missing[@]}" </dev/null 2>&1 | tee -a "$log" |
     awk '/^Need to get/ {print "deps: " $0; fflush()}
       /^Setting up/ && ++n % 40 == 0 {print "deps: " n " packages set up"; fflush()}'

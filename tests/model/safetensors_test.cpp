@@ -7,6 +7,7 @@
 
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include "model/convert.h"
 #include "model/tensor_source.h"
@@ -260,6 +261,10 @@ TEST(Checkpoint, FoldersThatHoldNone) {
             folder.path() + ": holds neither model.safetensors nor model.safetensors.index.json");
   EXPECT_EQ(open_checkpoint(folder.file("nowhere")).status().message(), folder.file("nowhere") + ": not a folder");
   std::filesystem::create_directory(folder.file("model.safetensors"));
+  EXPECT_EQ(open_checkpoint(folder.path()).status().message(),
+            folder.file("model.safetensors") + ": not a regular file");
+  std::filesystem::remove(folder.file("model.safetensors"));
+  ASSERT_EQ(mkfifo(folder.file("model.safetensors").c_str(), 0600), 0);
   EXPECT_EQ(open_checkpoint(folder.path()).status().message(),
             folder.file("model.safetensors") + ": not a regular file");
 }

@@ -9,7 +9,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::ptr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicIsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 const STACK_BYTES: usize = 1 << 30;
 /// Copies of large strings cost time, so what a run allocates in all is bounded too: this many times its memory.
 const CHURN: u64 = 32;
-const ABANDONED_MAX: usize = 4;
+const ABANDONED_MAX: isize = 4;
 
 #[derive(Clone, Copy)]
 pub struct Limits {
@@ -40,7 +40,7 @@ pub enum Stopped {
 
 /// Runs that were stopped or ran late and are not over.
 #[derive(Clone, Default)]
-pub struct Abandoned(Arc<AtomicUsize>);
+pub struct Abandoned(Arc<AtomicIsize>);
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Phase {
@@ -183,12 +183,13 @@ where
     };
     let builder = thread::Builder::new().name("template".into()).stack_size(STACK_BYTES);
     let handle = builder.spawn(body).map_err(|_| Stopped::NoThread)?;
-    // Counted before the thread can learn that nobody waits, or its subtraction could come first.
-    abandoned.0.fetch_add(1, Ordering::Relaxed);
     let phase = signal.wait(limits.time);
+    // A late thread that ends at once may subtract before this adds.
+    if phase != Phase::Done {
+        abandoned.0.fetch_add(1, Ordering::Relaxed);
+    }
     match phase {
         Phase::Done => {
-            abandoned.0.fetch_sub(1, Ordering::Relaxed);
             // The thread's stack is given back before the next one is asked for.
             let _ = handle.join();
             let result = slot.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
