@@ -154,12 +154,16 @@ def fake(tiny_model):
     assert daemon.stop() == 0, daemon.log
 
 
-@pytest.fixture(scope="session")
-def demo():
-    """The real daemon over the demo model."""
+# The emulated device holds a quarter of the demo's experts, under a checker of races.
+DEMO_DEVICES = {"cpu": ["--device", "cpu"], "emulated": ["--device", "emulated", "--device-memory-gib", "0.47"]}
+
+
+@pytest.fixture(scope="session", params=DEMO_DEVICES)
+def demo(request):
+    """The real daemon over the demo model, on each device."""
     if not (DEMO / "config.json").exists():
         subprocess.run([sys.executable, ROOT / "tools/make_demo.py", "--out", DEMO], check=True)
-    daemon = Daemon(MOED, DEMO, "--kv-gib", "1", ready_seconds=300)
+    daemon = Daemon(MOED, DEMO, "--kv-gib", "1", *DEMO_DEVICES[request.param], ready_seconds=300)
     yield daemon
     assert daemon.stop() == 0, daemon.log
 
