@@ -182,9 +182,9 @@ architecture() {
 }
 
 # How long the steps take where the link is slow (PCIe 4 x16, 25 GB/s) and 16 cores build: configure and build 150 s, suites
-# and probe 120 s. A bench: weights are made at 0.25 GB/s a core and pinned meanwhile, 45 GB in 12 s and 58 GB in 15 s; then
-# 8 sweeps over the link, one for all prompts with the first token (--pass-rows-max takes their 4096 rows at once) and one a
-# further token: 8 x 45 / 25 = 15 s and 8 x 58 / 25 = 19 s. Four of them: 2 x (12 + 15 + 15 + 19) = 122 s, 400 s in all.
+# and probe 120 s. A bench: 8 threads make weights at 0.25 GB/s each and pin them meanwhile, 45 GB in 23 s and 58 GB in 29 s;
+# then 8 sweeps over the link, one for all prompts with the first token (--pass-rows-max takes their 4096 rows at once) and
+# one a further token: 8 x 45 / 25 = 15 s and 8 x 58 / 25 = 19 s. Four of them: 2 x (23 + 15 + 29 + 19) = 172 s, 442 s in all.
 # bench NAME GIB ARGUMENT...
 bench() {
   local name=$1 gib=$2
