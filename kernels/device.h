@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -136,8 +137,8 @@ class Device {
   virtual double now_us() const;
   // The machine that is simulated; null: this one is real.
   virtual const MachineFile* machine() const { return nullptr; }
-  // Zeroes where it does not count.
-  virtual DeviceTotals totals() const { return {}; }
+  // Empty where it does not count.
+  virtual std::optional<DeviceTotals> totals() const { return std::nullopt; }
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races
   // checks it, others do nothing.
   virtual void host_access(const void*, int64_t /*bytes*/, Access) {}
