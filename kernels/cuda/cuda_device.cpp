@@ -116,7 +116,7 @@ StatusOr<Found> find_device(int32_t index) {
     offer.minor = properties.minor;
   }
   cudaGetLastError();
-  MOED_RETURN_IF_ERROR(check_offer(offer));
+  MOED_RETURN_IF_ERROR(check_offer(offer, parse_architectures(MOED_CUDA_ARCHITECTURES)));
   Found found;
   found.index = index;
   found.name = offer.name;
