@@ -77,6 +77,7 @@ class Event {
 class Stream {
  public:
   virtual ~Stream() = default;
+  // From and to memory of any kind; slower where the host's is neither pinned nor mapped.
   virtual void copy(void* target, const void* source, int64_t bytes) = 0;
   virtual void record(Event& event) = 0;
   // Later work waits for the event. REQUIRES: event recorded.

@@ -2,8 +2,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <map>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -191,20 +189,10 @@ class EmulatedDevice final : public Device {
   int64_t memory_bytes() const override { return emulation_.memory->capacity_bytes(); }
   bool memory_is_host() const override { return true; }
   Status pin(std::byte* data, int64_t bytes) override {
-    MOED_CHECK(data != nullptr && bytes > 0) << "pin: " << bytes << " bytes";
-    MOED_CHECK(!emulation_.memory->is_device(data)) << "pin: device memory";
-    std::lock_guard lock(pins_mutex_);
-    const auto next = pins_.upper_bound(data);
-    const bool overlaps = (next != pins_.end() && data + bytes > next->first) ||
-                          (next != pins_.begin() && std::prev(next)->first + std::prev(next)->second > data);
-    MOED_CHECK(!overlaps) << "pin: " << bytes << " bytes of which some are pinned already";
-    pins_.emplace(data, bytes);
+    emulation_.memory->pin(data, bytes);
     return {};
   }
-  void unpin(std::byte* data) override {
-    std::lock_guard lock(pins_mutex_);
-    MOED_CHECK(pins_.erase(data) == 1) << "unpin: nothing that begins there was pinned";
-  }
+  void unpin(std::byte* data) override { emulation_.memory->unpin(data); }
   int num_host_threads() const override { return emulation_.host().num_host_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override {
     emulation_.host().run_host(count, fn);
@@ -228,8 +216,6 @@ class EmulatedDevice final : public Device {
   HostLaneStream host_stream_;
   EmulatedOps ops_;
   HostLaneOps host_ops_;
-  std::mutex pins_mutex_;
-  std::map<std::byte*, int64_t> pins_;  // begin, bytes; guarded by pins_mutex_
   std::string description_;
 };
 
