@@ -61,6 +61,7 @@ class TracedDevice final : public Device {
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return inner_->allocate(bytes, memory); }
   std::unique_ptr<Stream> make_stream() override;
   std::unique_ptr<Event> make_event() override;
+  std::unique_ptr<Event> make_timed_event() override;
   // Few beside those of the trace.
   bool events_are_free() const override { return true; }
   Ops& ops() override { return *ops_; }

@@ -63,7 +63,12 @@ class CudaDevice final : public Device {
     return Buffer(this, data, bytes, memory);
   }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<OpStream>(*context_, ops_); }
-  std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(*context_, epoch_); }
+  std::unique_ptr<Event> make_event() override {
+    return std::make_unique<CudaEvent>(*context_, epoch_, /*timed=*/false);
+  }
+  std::unique_ptr<Event> make_timed_event() override {
+    return std::make_unique<CudaEvent>(*context_, epoch_, /*timed=*/true);
+  }
   Ops& ops() override { return ops_; }
   // Those of the host device take no notice of their stream.
   Ops& host_ops() override { return host_->host_ops(); }

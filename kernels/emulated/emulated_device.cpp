@@ -18,7 +18,7 @@ constexpr double kMemoryGibMax = 65536.0;
 
 class EmulatedEvent final : public Event {
  public:
-  explicit EmulatedEvent(Emulation& emulation) : emulation_(emulation) {}
+  EmulatedEvent(Emulation& emulation, bool timed) : emulation_(emulation), timed_(timed) {}
 
   bool done() const override {
     const Recording& last = recorded("done");
@@ -33,6 +33,7 @@ class EmulatedEvent final : public Event {
     return last.status;
   }
   double us_since(const Event& earlier) const override {
+    MOED_CHECK(timed_ && static_cast<const EmulatedEvent&>(earlier).timed_) << "us_since of an event without a time";
     const Recording& begin = static_cast<const EmulatedEvent&>(earlier).recorded("us_since");
     const Recording& end = recorded("us_since");
     MOED_CHECK(begin.done && end.done) << "us_since of an event that is not done";
@@ -47,6 +48,7 @@ class EmulatedEvent final : public Event {
 
  private:
   Emulation& emulation_;
+  const bool timed_;
 };
 
 class EmulatedStream final : public Stream {
@@ -179,7 +181,10 @@ class EmulatedDevice final : public Device {
     return Buffer(this, data, bytes, memory);
   }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<EmulatedStream>(emulation_); }
-  std::unique_ptr<Event> make_event() override { return std::make_unique<EmulatedEvent>(emulation_); }
+  std::unique_ptr<Event> make_event() override { return std::make_unique<EmulatedEvent>(emulation_, /*timed=*/false); }
+  std::unique_ptr<Event> make_timed_event() override {
+    return std::make_unique<EmulatedEvent>(emulation_, /*timed=*/true);
+  }
   Ops& ops() override { return ops_; }
   Ops& host_ops() override { return host_ops_; }
   Stream& host_stream() override { return host_stream_; }

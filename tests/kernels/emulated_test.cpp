@@ -68,7 +68,7 @@ class EmulatedTest : public testing::Test {
   std::unique_ptr<Device> device_ = open_emulated();
   std::unique_ptr<Stream> stream_ = device_->make_stream();
   std::unique_ptr<Stream> other_ = device_->make_stream();
-  std::unique_ptr<Event> event_ = device_->make_event();
+  std::unique_ptr<Event> event_ = device_->make_timed_event();
   Buffer a_, b_, c_, mapped_;
 };
 
@@ -270,10 +270,14 @@ TEST_F(EmulatedDeathTest, ABufferFreedInUse) {
   join(*stream_);
 }
 
-TEST_F(EmulatedDeathTest, EventsThatWereNeverRecorded) {
+TEST_F(EmulatedDeathTest, EventsThatCannotTell) {
   EXPECT_DEATH(stream_->wait(*event_), "wait: the event was never recorded");
   EXPECT_DEATH(static_cast<void>(event_->join()), "join: the event was never recorded");
   EXPECT_DEATH(static_cast<void>(event_->done()), "done: the event was never recorded");
+  const auto untimed = device_->make_event();
+  stream_->record(*untimed);
+  EXPECT_TRUE(untimed->join().ok());
+  EXPECT_DEATH(static_cast<void>(untimed->us_since(*untimed)), "us_since of an event without a time");
 }
 
 TEST_F(EmulatedDeathTest, TablesStayUntilTheHostHasWaited) {
