@@ -6,11 +6,15 @@ SHELL := /bin/bash
 JOBS ?= $(shell nproc)
 BUILD := build/release
 MOED := $(BUILD)/server/moed
+# Which of the two binaries make serve runs.
+SERVED := $(BUILD)/served
 DEMO := models/demo
 MODEL ?= $(DEMO)
 ARGS ?=
 # What make fuzz gives each target.
 SECONDS ?= 600
+# Compute capabilities that make cuda and make serve build for ("86;90"), or all; empty: those of the GPUs here, else 80.
+ARCHS ?=
 # 1: `make test` ends with what `make cuda` does.
 CUDA ?= 0
 
@@ -22,7 +26,7 @@ help:
 	@echo '  make test                  install, build and run every test; ends with "N passed, N failed"'
 	@echo
 	@echo '  make build                 build the daemon only'
-	@echo '  make cuda                  build it with the device cuda: build/release/cuda/moed (no GPU is needed to build)'
+	@echo '  make cuda [ARCHS=all]      build it with the device cuda: build/release/cuda/moed (no GPU is needed to build)'
 	@echo '  make gpu-bundle            write build/moed-gpu.tar.gz: what tools/gpu_check.sh measures on a machine with a GPU'
 	@echo '  make fuzz SECONDS=600      hostile files and bodies by libFuzzer, each target for so long'
 	@echo '  make lint                  formatting, layering, clang-tidy, thread-safety analysis'
@@ -46,20 +50,22 @@ demo: deps
 
 # nvcc's 420 MB are worth their download where there is a driver.
 cuda: deps
-	@JOBS=$(JOBS) tools/build_cuda.sh
+	@ARCHS='$(ARCHS)' JOBS=$(JOBS) tools/build_cuda.sh
 
 gpu-bundle:
 	@tools/gpu_bundle.sh
 
-# With a driver, by the build that has the device cuda, which device.device = "auto" then takes.
+# With a GPU that it knows, by the build that has the device cuda, which device.device = "auto" then takes; what keeps
+# that from being built is said, and the CPU serves.
 serve: deps
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then .venv/bin/python tools/make_demo.py --out $(DEMO); fi
-	@if nvidia-smi -L >/dev/null 2>&1; then $(MAKE) --no-print-directory cuda; \
-	  else echo 'serve: no NVIDIA driver here, so the CPU serves'; $(MAKE) --no-print-directory build; fi
+	@mkdir -p $(BUILD) && echo '$(MOED)' >$(SERVED); \
+	  if ! said=$$(tools/gpu_here.sh); then echo "serve: $$said, so the CPU serves"; \
+	  elif ARCHS='$(ARCHS)' JOBS=$(JOBS) tools/build_cuda.sh --build-only; then echo '$(BUILD)/cuda/moed' >$(SERVED); \
+	  else echo 'serve: the device cuda was not built, so the CPU serves'; fi
+	@grep -qx '$(BUILD)/cuda/moed' $(SERVED) || $(MAKE) --no-print-directory build
 	@if [ '$(MODEL)' = '$(DEMO)' ]; then export MOED_KV_GIB="$${MOED_KV_GIB:-1}"; fi; \
-	  moed='$(MOED)'; \
-	  if nvidia-smi -L >/dev/null 2>&1; then moed='$(BUILD)/cuda/moed'; fi; \
-	  exec "$$moed" serve --model '$(MODEL)' $(ARGS)
+	  exec "$$(cat $(SERVED))" serve --model '$(MODEL)' $(ARGS)
 
 test:
 	@JOBS=$(JOBS) CUDA=$(CUDA) tools/run_tests.sh

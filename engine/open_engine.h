@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "engine/hybrid_engine.h"
@@ -42,7 +43,7 @@ class OpenedEngine {
   std::string_view description() const;
   // On the clock that the device's work is measured by.
   double now_us() const { return device_->now_us(); }
-  DeviceTotals totals() const { return device_->totals(); }
+  std::optional<DeviceTotals> totals() const { return device_->totals(); }
   // A simulated machine: its device computes nothing and has a clock of its own, for benchmarks and plans.
   bool is_simulated() const { return device_->machine() != nullptr; }
   // REQUIRES: is_simulated().

@@ -42,7 +42,7 @@ void StepClock::resume() {
 }
 
 void StepClock::record(Lane lane) {
-  if (marks_.size() == events_.size()) events_.push_back(device_->make_event());
+  if (marks_.size() == events_.size()) events_.push_back(device_->make_timed_event());
   Event* event = events_[marks_.size()].get();
   stream_->record(*event);
   marks_.push_back({event, lane});

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <utility>
 
@@ -68,7 +69,7 @@ class Event {
   virtual bool done() const = 0;
   // Blocks until done. A copy or launch that failed before it surfaces here.
   virtual Status join() = 0;
-  // REQUIRES: both recorded and done.
+  // REQUIRES: both made by make_timed_event(), recorded and done.
   virtual double us_since(const Event& earlier) const = 0;
 };
 
@@ -76,13 +77,14 @@ class Event {
 class Stream {
  public:
   virtual ~Stream() = default;
+  // From and to memory of any kind; slower where the host's is neither pinned nor mapped.
   virtual void copy(void* target, const void* source, int64_t bytes) = 0;
   virtual void record(Event& event) = 0;
   // Later work waits for the event. REQUIRES: event recorded.
   virtual void wait(const Event& event) = 0;
 };
 
-// What the parts of a device did since it was opened, as far as it counts: the time that each was busy, and bytes.
+// What the parts of a device did since it was opened: the time that each was busy, and bytes.
 struct DeviceTotals {
   double kernels_us = 0.0;
   double up_us = 0.0;    // copies to the device
@@ -107,6 +109,8 @@ class Device {
   virtual StatusOr<Buffer> allocate(int64_t bytes, Memory memory) = 0;
   virtual std::unique_ptr<Stream> make_stream() = 0;
   virtual std::unique_ptr<Event> make_event() = 0;
+  // One with a time, which costs a device more to record; nothing else differs.
+  virtual std::unique_ptr<Event> make_timed_event() { return make_event(); }
   // Whether to record one costs next to nothing.
   virtual bool events_are_free() const { return is_host(); }
   virtual Ops& ops() = 0;
@@ -136,8 +140,8 @@ class Device {
   virtual double now_us() const;
   // The machine that is simulated; null: this one is real.
   virtual const MachineFile* machine() const { return nullptr; }
-  // Zeroes where it does not count.
-  virtual DeviceTotals totals() const { return {}; }
+  // Empty where it does not count.
+  virtual std::optional<DeviceTotals> totals() const { return std::nullopt; }
   // Host code is about to read or write memory that the device's work touches too: a device that looks for races
   // checks it, others do nothing.
   virtual void host_access(const void*, int64_t /*bytes*/, Access) {}

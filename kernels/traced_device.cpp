@@ -25,8 +25,8 @@ class Tracer {
   // Does it on a stream, between two events.
   void add(const char* name, int32_t lane, int64_t bytes, Stream& inner, FunctionRef<void()> enqueue) const {
     if (!trace_.records()) return enqueue();
-    std::unique_ptr<Event> begin = trace_.device_.make_event();
-    std::unique_ptr<Event> end = trace_.device_.make_event();
+    std::unique_ptr<Event> begin = trace_.device_.make_timed_event();
+    std::unique_ptr<Event> end = trace_.device_.make_timed_event();
     inner.record(*begin);
     enqueue();
     inner.record(*end);
@@ -143,7 +143,7 @@ class TracedHostAttention final : public HostAttention {
 // The clocks of host and events are tied together by an event on a stream that has nothing else to do.
 void DeviceTrace::start() {
   spans_.clear();
-  base_ = device_.make_event();
+  base_ = device_.make_timed_event();
   const double before_us = device_.now_us();
   clock_->record(*base_);
   const Status joined = base_->join();
@@ -212,6 +212,10 @@ std::unique_ptr<Stream> TracedDevice::make_stream() {
 
 std::unique_ptr<Event> TracedDevice::make_event() {
   return std::make_unique<TracedEvent>(inner_->make_event(), Tracer(trace_));
+}
+
+std::unique_ptr<Event> TracedDevice::make_timed_event() {
+  return std::make_unique<TracedEvent>(inner_->make_timed_event(), Tracer(trace_));
 }
 
 std::unique_ptr<HostAttention> TracedDevice::make_host_attention() {

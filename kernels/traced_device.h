@@ -61,6 +61,7 @@ class TracedDevice final : public Device {
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return inner_->allocate(bytes, memory); }
   std::unique_ptr<Stream> make_stream() override;
   std::unique_ptr<Event> make_event() override;
+  std::unique_ptr<Event> make_timed_event() override;
   // Few beside those of the trace.
   bool events_are_free() const override { return true; }
   Ops& ops() override { return *ops_; }
@@ -74,7 +75,7 @@ class TracedDevice final : public Device {
   void unpin(std::byte* data) override { inner_->unpin(data); }
   double now_us() const override { return inner_->now_us(); }
   const MachineFile* machine() const override { return inner_->machine(); }
-  DeviceTotals totals() const override { return inner_->totals(); }
+  std::optional<DeviceTotals> totals() const override { return inner_->totals(); }
   void host_access(const void* data, int64_t bytes, Access access) override;
   int num_host_threads() const override { return inner_->num_host_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override;

@@ -44,6 +44,11 @@ class LoadedBackend final : public Backend {
   StepModel prior() const override { return prior_; }
   Planning planning() const override { return planning_; }
   std::string device_description() const override { return std::string(opened_->description()); }
+  std::optional<ExpertPins> pins() const override {
+    if (budget_.device.num_slots == 0) return std::nullopt;
+    const HostPins& pins = opened_->pins();
+    return ExpertPins{experts_.blobs_bytes(), pins.bytes(), pins.refusal().message()};
+  }
   OpenedEngine* opened() override { return opened_.get(); }
 
  private:
@@ -122,6 +127,15 @@ EngineConfig engine_config(const BudgetLimits& limits, const MemoryBudget& budge
 
 }  // namespace
 
+std::string ExpertPins::warning() const {
+  if (refusal.empty()) return "";
+  return fmt::format(
+      "{:.2f} of {:.2f} GiB of experts are not pinned, so that a thread copies them to buffers first, which is slower: "
+      "{}",
+      static_cast<double>(expert_bytes - pinned_bytes) / (1 << 30), static_cast<double>(expert_bytes) / (1 << 30),
+      refusal);
+}
+
 MachineMemory machine_memory() {
   MachineMemory memory{.host_free_bytes = meminfo_bytes("MemAvailable"), .source = "MemAvailable"};
   const int64_t headroom = cgroup_limits().memory_headroom_bytes;
@@ -195,6 +209,8 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
   auto backend = std::make_unique<LoadedBackend>(std::move(opened), std::move(weights), std::move(experts),
                                                  std::move(budget), prior, std::move(planning));
   MOED_RETURN_IF_ERROR(backend->start(model, config));
+  const std::optional<ExpertPins> pinned = backend->pins();
+  if (pinned.has_value() && !pinned->warning().empty()) spdlog::warn("{}", pinned->warning());
   return std::unique_ptr<Backend>(std::move(backend));
 }
 

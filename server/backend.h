@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "base/status.h"
@@ -17,6 +18,17 @@ namespace moed {
 
 class OpenedEngine;
 
+// Experts in host memory, and how many of their bytes the device copies from where they lie.
+struct ExpertPins {
+  int64_t expert_bytes = 0;
+  int64_t pinned_bytes = 0;
+  std::string refusal;  // of the first piece that could not be pinned; empty: none was refused
+
+  bool all_pinned() const { return refusal.empty() && pinned_bytes >= expert_bytes; }
+  // One line for the log; empty where nothing was refused.
+  std::string warning() const;
+};
+
 // What runs passes, with all that it needs to stay alive.
 class Backend {
  public:
@@ -27,6 +39,8 @@ class Backend {
   // How passes are to be planned; by default as on a box without a device.
   virtual Planning planning() const { return {}; }
   virtual std::string device_description() const = 0;
+  // Empty where no expert is copied to a device.
+  virtual std::optional<ExpertPins> pins() const { return std::nullopt; }
   // The engine with its device; null where there is none.
   virtual OpenedEngine* opened() { return nullptr; }
 };

@@ -139,7 +139,14 @@ Json stretch_json(const BenchCounts& begin, const BenchCounts& end) {
   const auto rate = [&](int64_t count) { return us > 0.0 ? static_cast<double>(count) / us * 1e6 : 0.0; };
   const auto share = [&](double busy_us) { return us > 0.0 ? busy_us / us : 0.0; };
   const auto grown = [&](auto BenchCounts::*part, auto field) { return end.*part.*field - begin.*part.*field; };
-  const auto device = [&](auto field) { return grown(&BenchCounts::device, field); };
+  // A device that does not count has done some all the same: null, not zero.
+  const bool counted = begin.device.has_value() && end.device.has_value();
+  const auto bytes = [&](int64_t DeviceTotals::*field) {
+    return counted ? Json((*end.device).*field - (*begin.device).*field) : Json(nullptr);
+  };
+  const auto busy = [&](double DeviceTotals::*field) {
+    return counted ? Json(share((*end.device).*field - (*begin.device).*field)) : Json(nullptr);
+  };
   const auto engine = [&](auto field) { return grown(&BenchCounts::engine, field); };
   const auto lane = [&](auto field) { return grown(&BenchCounts::lanes, field) / 1e6; };
   const int64_t new_tokens = end.new_tokens - begin.new_tokens;
@@ -168,15 +175,15 @@ Json stretch_json(const BenchCounts& begin, const BenchCounts& end) {
                           {"experts", lane(&StepTimes::experts_us)},
                           {"dense", lane(&StepTimes::dense_us)},
                           {"sample", lane(&StepTimes::sample_us)}};
-  json["busy"] = {{"kernels", share(device(&DeviceTotals::kernels_us))},
-                  {"copies_up", share(device(&DeviceTotals::up_us))},
-                  {"copies_down", share(device(&DeviceTotals::down_us))},
-                  {"host_ops", share(device(&DeviceTotals::host_us))},
+  json["busy"] = {{"kernels", busy(&DeviceTotals::kernels_us)},
+                  {"copies_up", busy(&DeviceTotals::up_us)},
+                  {"copies_down", busy(&DeviceTotals::down_us)},
+                  {"host_ops", busy(&DeviceTotals::host_us)},
                   {"waits_for_ring", share(engine(&EngineStats::ring_wait_us))}};
-  json["bytes"] = {{"device_memory", device(&DeviceTotals::device_bytes)},
-                   {"link_up", device(&DeviceTotals::up_bytes)},
-                   {"link_down", device(&DeviceTotals::down_bytes)},
-                   {"host_memory", device(&DeviceTotals::host_bytes)},
+  json["bytes"] = {{"device_memory", bytes(&DeviceTotals::device_bytes)},
+                   {"link_up", bytes(&DeviceTotals::up_bytes)},
+                   {"link_down", bytes(&DeviceTotals::down_bytes)},
+                   {"host_memory", bytes(&DeviceTotals::host_bytes)},
                    {"experts_copied", engine(&EngineStats::expert_bytes_copied)}};
   json["experts"] = {{"hits", engine(&EngineStats::expert_hits)},
                      {"misses", engine(&EngineStats::expert_misses)},
@@ -192,24 +199,24 @@ Json latency_json(const BenchLatency& latency) {
   return {{"mean_ms", latency.mean_ms}, {"median_ms", latency.median_ms}, {"worst_ms", latency.worst_ms}};
 }
 
-// Experts that are not pinned come through buffers, at the pace of a thread that copies.
-Json pins_json(const ModelConfig& model, const HostPins& pins) {
-  const BlobShape shape{.hidden = model.hidden_size, .intermediate = model.moe.intermediate_size};
-  const int64_t expert_bytes = num_routed_experts(model) * shape.bytes();
-  return {{"expert_bytes", expert_bytes},
-          {"pinned_bytes", pins.bytes()},
-          {"all_pinned", pins.refusal().ok() && pins.bytes() >= expert_bytes},
-          {"refusal", pins.refusal().message()}};
+Json pins_json(const Backend& backend) {
+  const std::optional<ExpertPins> pins = backend.pins();
+  if (!pins.has_value()) return nullptr;
+  return {{"expert_bytes", pins->expert_bytes},
+          {"pinned_bytes", pins->pinned_bytes},
+          {"all_pinned", pins->all_pinned()},
+          {"refusal", pins->refusal}};
 }
 
-Json report(const BenchOptions& options, const Settings& settings, Backend& backend, const BenchResult& result) {
+Json report(const BenchOptions& options, const Settings& settings, const ModelConfig& model, Backend& backend,
+            const BenchResult& result) {
   const BenchWorkload& workload = options.workload;
   const Planning planning = backend.planning();
   Json json;
   json["simulated"] = backend.opened()->is_simulated();
   json["device"] = backend.device_description();
   json["model"] = options.shape.empty() ? settings.model.path : options.shape;
-  json["layers"] = options.layers;
+  json["layers"] = model.num_layers;
   json["policy"] = planning.policy->name;
   json["kv"] = name_of(planning.kv);
   json["halves"] = planning.halves;
@@ -244,9 +251,13 @@ void print_stretch(std::string_view name, const Json& json) {
       name, json["seconds"].get<double>(), json["prompt_tokens"].get<int64_t>(), json["new_tokens"].get<int64_t>(),
       json["new_tokens_per_s"].get<double>(), json["tokens_per_s"].get<double>(),
       json["interactive_passes"].get<int64_t>(), json["bulk_passes"].get<int64_t>(), json["ms_a_pass"].get<double>());
-  fmt::print("  busy: kernels {:.1f}%, copies up {:.1f}%, down {:.1f}%, host ops {:.1f}%; waits for the ring {:.1f}%\n",
-             100 * number("busy", "kernels"), 100 * number("busy", "copies_up"), 100 * number("busy", "copies_down"),
-             100 * number("busy", "host_ops"), 100 * number("busy", "waits_for_ring"));
+  const bool counted = !json["busy"]["kernels"].is_null();
+  if (counted) {
+    fmt::print("  busy: kernels {:.1f}%, copies up {:.1f}%, down {:.1f}%, host ops {:.1f}%\n",
+               100 * number("busy", "kernels"), 100 * number("busy", "copies_up"), 100 * number("busy", "copies_down"),
+               100 * number("busy", "host_ops"));
+  }
+  fmt::print("  waits for the ring {:.1f}%\n", 100 * number("busy", "waits_for_ring"));
   if (json.contains("bound")) {
     fmt::print("  closed-form bound: {:.3f} s ({:.1f}% reached); link {:.3f}, host {:.3f}, device {:.3f}\n",
                number("bound", "seconds"), 100 * number("bound", "reached"), number("bound", "link_seconds"),
@@ -255,10 +266,13 @@ void print_stretch(std::string_view name, const Json& json) {
   fmt::print("  seconds of passes: attention {:.3f}, experts {:.3f}, dense {:.3f}, sampling {:.3f}\n",
              number("pass_seconds", "attention"), number("pass_seconds", "experts"), number("pass_seconds", "dense"),
              number("pass_seconds", "sample"));
-  fmt::print("  GB: link up {:.2f} (experts {:.2f}), down {:.2f}; device memory {:.2f}; host memory {:.2f}\n",
-             number("bytes", "link_up") / 1e9, number("bytes", "experts_copied") / 1e9,
-             number("bytes", "link_down") / 1e9, number("bytes", "device_memory") / 1e9,
-             number("bytes", "host_memory") / 1e9);
+  fmt::print("  GB: experts copied {:.2f}", number("bytes", "experts_copied") / 1e9);
+  if (counted) {
+    fmt::print(", link up {:.2f} in all, down {:.2f}; device memory {:.2f}; host memory {:.2f}",
+               number("bytes", "link_up") / 1e9, number("bytes", "link_down") / 1e9,
+               number("bytes", "device_memory") / 1e9, number("bytes", "host_memory") / 1e9);
+  }
+  fmt::print("\n");
   fmt::print("  experts: {} hits, {} misses, {} prefetched ({} in vain); rows: {} device, {} host\n",
              json["experts"]["hits"].get<int64_t>(), json["experts"]["misses"].get<int64_t>(),
              json["experts"]["prefetched"].get<int64_t>(), json["experts"]["prefetched_unused"].get<int64_t>(),
@@ -340,8 +354,8 @@ Status run(const BenchOptions& options, const LoadedSettings& loaded) {
                            .yield_layers = static_cast<int32_t>(settings.scheduler.yield_layers),
                            .passed = [&](bool steady) { tracer.passed(steady); }};
   MOED_ASSIGN_OR_RETURN(const BenchResult result, run_bench(inputs, options.workload));
-  Json json = report(options, settings, *backend, result);
-  json["pins"] = pins_json(model.config, backend->opened()->pins());
+  Json json = report(options, settings, model.config, *backend, result);
+  json["pins"] = pins_json(*backend);
   print(json);
   if (trace != nullptr) MOED_RETURN_IF_ERROR(trace->write(options.trace));
   if (options.json.empty()) return {};

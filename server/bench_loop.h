@@ -39,7 +39,7 @@ struct BenchCounts {
   StepTimes lanes;
   double bound_us = 0.0;                   // closed_form_bound() of each pass, added up; simulated machines only
   std::array<double, 3> part_bounds_us{};  // the same of link, host and device alone
-  DeviceTotals device;
+  std::optional<DeviceTotals> device;      // empty: it does not count
   EngineStats engine;
 };
 

@@ -88,13 +88,21 @@ Json budget_json(const MemoryBudget& budget) {
 }
 
 // What the daemon was told about placement, as far as it was decided at start.
-Json planning_json(const Planning& planning, const DeviceBudget& device) {
-  return {{"policy", planning.policy->name},
-          {"kv", name_of(planning.kv)},
-          {"halves", planning.halves},
-          {"expert_slots", device.num_slots},
-          {"resident_experts", planning.residency.resident.size()},
-          {"staging_blocks", device.staging_blocks}};
+Json planning_json(const Backend& backend) {
+  const Planning planning = backend.planning();
+  const DeviceBudget& device = backend.budget().device;
+  Json json = {{"policy", planning.policy->name},
+               {"kv", name_of(planning.kv)},
+               {"halves", planning.halves},
+               {"expert_slots", device.num_slots},
+               {"resident_experts", planning.residency.resident.size()},
+               {"staging_blocks", device.staging_blocks}};
+  if (const auto pins = backend.pins()) {
+    json["host_experts"] = {{"bytes", pins->expert_bytes},
+                            {"pinned_bytes", pins->pinned_bytes},
+                            {"refusal", pins->refusal.empty() ? Json(nullptr) : Json(pins->refusal)}};
+  }
+  return json;
 }
 
 }  // namespace
@@ -311,7 +319,7 @@ std::string Daemon::info_json() const {
     info["model"]["max_model_len"] = loaded->context.max_model_len;
     info["device"] = loaded->backend->device_description();
     info["memory_budget"] = budget_json(loaded->backend->budget());
-    info["plan"] = planning_json(loaded->backend->planning(), loaded->backend->budget().device);
+    info["plan"] = planning_json(*loaded->backend);
   }
   info["settings"] = Json::parse(settings_json(settings_), nullptr, /*allow_exceptions=*/false);
   return info.dump(2, ' ', false, Json::error_handler_t::replace);

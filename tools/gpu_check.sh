@@ -3,16 +3,18 @@
 # against transformers' logits and against itself, the ring under stress, copies beside products, then decoding with
 # made-up weights that are larger than the device's memory. Right before fast: what may be wrong comes first. The
 # report is written after every step, so that whoever is cut off keeps what was found. No network.
-# usage: gpu_check.sh [--device SPEC] [--out FOLDER] [--work FOLDER] [--nvcc PATH] [--steps "NAME..."] [ARCHIVE]
+# usage: gpu_check.sh [--device SPEC] [--out FOLDER] [--work FOLDER] [--nvcc PATH] [--steps "NAME..."] [--minutes N] [ARCHIVE]
 #   ARCHIVE   what `make gpu-bundle` wrote; without one the archive that this script was unpacked from
 #   --device  cuda (default), cuda:N, or emulated: a rehearsal with small shapes, without nvcc
 #   --out     where the report goes: report.txt, report.json, logs (default: gpu-report)
 #   --work    where the archive is unpacked and built; stays, and a later call builds only what changed (default: gpu-work)
 #   --steps   only these, after the build; results of the others stay in the report if they are of the same version:
 #             device ops goldens same-bits ring probe bench, or one bench by its name
+#   --minutes what all of it may take (default: 9.5; ten times that on an emulated device). A step gets what is left, and
+#             is skipped where next to nothing is
 set -euo pipefail
 
-device=cuda out=gpu-report work=gpu-work archive= nvcc= steps=
+device=cuda out=gpu-report work=gpu-work archive= nvcc= steps= minutes=9.5
 fail() { echo "gpu_check.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -21,17 +23,21 @@ while [ $# -gt 0 ]; do
     --work) work=${2:?}; shift 2 ;;
     --nvcc) nvcc=${2:?}; shift 2 ;;
     --steps) steps=${2:?}; shift 2 ;;
+    --minutes) minutes=${2:?}; shift 2 ;;
     -*) fail "unknown option $1" ;;
     *) archive=$1; shift ;;
   esac
 done
-case $device in cuda | cuda:* | emulated) ;; *) fail "--device is '$device', but must be cuda, cuda:N or emulated" ;; esac
+[[ $minutes =~ ^[0-9]+(\.[0-9]+)?$ ]] || fail "--minutes is '$minutes', but must be a number"
+[[ $device =~ ^(cuda|cuda:[0-9]+|emulated)$ ]] || fail "--device is '$device', but must be cuda, cuda:N or emulated"
 jobs=${JOBS:-$(nproc)}
 mkdir -p "$out" "$work"
 out=$(realpath "$out") work=$(realpath "$work")
-known=(device ops goldens same-bits ring probe bench)
+bench_names=(bench-mixtral-16-layers-16gb bench-qwen3-30b-a3b-16gb bench-mixtral-16-layers-24gb bench-qwen3-30b-a3b-24gb)
+if [ "$device" = emulated ]; then bench_names=(bench-tiny); fi
+known=(device ops goldens same-bits ring probe bench "${bench_names[@]}")
 for name in $steps; do
-  [[ $name == bench-* || " ${known[*]} " == *" $name "* ]] || fail "no step is called '$name': ${known[*]} bench-NAME"
+  [[ " ${known[*]} " == *" $name "* ]] || fail "no step is called '$name': ${known[*]}"
 done
 
 # wanted NAME: whether the step is to run.
@@ -98,6 +104,9 @@ shadow_toolkit() {
 # A rehearsal may run on any box.
 patience=1
 if [ "$device" = emulated ]; then patience=10; fi
+seconds_max=$(awk "BEGIN {printf \"%d\", $minutes * 60 * $patience}")
+# A step that would have less is skipped.
+step_seconds_min=10
 
 # record NAME RESULT SECONDS: in place of what an earlier call found.
 record() {
@@ -111,9 +120,15 @@ record() {
 # step NAME SECONDS_MAX COMMAND...: its result into steps.txt and the report, its output into NAME.log. What is cut off
 # with the whole script has failed.
 step() {
-  local name=$1 limit=$(($2 * patience)) began=$SECONDS code=0 result=passed
+  local name=$1 limit=$(($2 * patience)) left=$((seconds_max - SECONDS)) began=$SECONDS code=0 result=passed
   shift 2
   echo "== $name"
+  if [ "$left" -lt "$step_seconds_min" ]; then
+    echo "   skipped: $SECONDS of $seconds_max s have passed (--minutes); --steps $name runs it alone"
+    record "$name" skipped 0
+    return 1
+  fi
+  if [ "$limit" -gt "$left" ]; then limit=$left; fi
   record "$name" failed 0
   timeout -k 10 "$limit" "$@" >"$out/$name.log" 2>&1 </dev/null || code=$?
   # A filter that no longer names any test must not pass.
@@ -142,21 +157,34 @@ machine() {
   "${CXX:-c++}" --version | head -n 1
 }
 
-# Own kernels on the host, so that nothing depends on which libraries a machine happens to have.
-options=(-DCMAKE_BUILD_TYPE=Release -DMOED_ENGINE_ONLY=ON -DMOED_WERROR=OFF -DMOED_ONEDNN=OFF)
+options=(-C "$root/cmake/bundle/cache.cmake" -DCMAKE_BUILD_TYPE=Release -DMOED_WERROR=OFF)
 targets=(gpu_device_test gpu_ops_test gpu_same_bits_test gpu_probe gpu_report
   engine_golden_test offload_test moed_bench_engine)
 choose_options() {
-  local package capability
-  for package in spdlog nlohmann_json CLI11 GTest; do options+=("-D${package}_DIR=$root/cmake/bundle"); done
   if command -v ninja >/dev/null; then options+=(-G Ninja); fi
   if [ "$device" = emulated ]; then return 0; fi
   find_nvcc
   shadow_toolkit
-  capability=$({ nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } | head -n 1 | tr -d .)
-  options+=(-DMOED_CUDA=ON "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCMAKE_CUDA_ARCHITECTURES=${capability:-80}")
+  options+=(-DMOED_CUDA=ON "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCMAKE_CUDA_ARCHITECTURES=$(architecture)")
 }
 
+# That of the GPU that --device names. CUDA counts those it may see, by speed unless told to count as nvidia-smi does.
+# What nvidia-smi says instead of a number is no architecture; code for 80 comes with PTX for all others.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID
+architecture() {
+  local index=0 visible=() capability
+  if [[ $device == cuda:* ]]; then index=${device#cuda:}; fi
+  IFS=, read -r -a visible <<<"${CUDA_VISIBLE_DEVICES:-}"
+  capability=$({ nvidia-smi -i "${visible[index]:-$index}" --query-gpu=compute_cap --format=csv,noheader 2>/dev/null || true; } |
+    head -n 1 | tr -d .)
+  [[ $capability =~ ^[0-9]+$ ]] || capability=80
+  echo "$capability"
+}
+
+# How long the steps take where the link is slow (PCIe 4 x16, 25 GB/s) and 16 cores build: configure and build 150 s, suites
+# and probe 120 s. A bench: 8 threads make weights at 0.25 GB/s each and pin them meanwhile, 45 GB in 23 s and 58 GB in 29 s;
+# then 8 sweeps over the link, one for all prompts with the first token (--pass-rows-max takes their 4096 rows at once) and
+# one a further token: 8 x 45 / 25 = 15 s and 8 x 58 / 25 = 19 s. Four of them: 2 x (23 + 15 + 29 + 19) = 172 s, 442 s in all.
 # bench NAME GIB ARGUMENT...
 bench() {
   local name=$1 gib=$2
@@ -178,9 +206,9 @@ benches() {
   for name in 16 24; do
     gib=$(awk "BEGIN {printf \"%.3f\", $name * 1e9 / 1073741824 - 0.5}")
     bench "mixtral-16-layers-${name}gb" "$gib" --shape mixtral-8x7b --layers 16 --policy stream --clients 64 \
-      --prompt 64 --new 24 --kv-gib 4 --max-model-len 1024
-    bench "qwen3-30b-a3b-${name}gb" "$gib" --shape qwen3-30b-a3b --policy stream --clients 64 --prompt 64 --new 24 \
-      --kv-gib 4 --max-model-len 1024
+      --prompt 64 --new 8 --pass-rows-max 4096 --kv-gib 4 --max-model-len 1024
+    bench "qwen3-30b-a3b-${name}gb" "$gib" --shape qwen3-30b-a3b --policy stream --clients 64 --prompt 64 --new 8 \
+      --pass-rows-max 4096 --kv-gib 4 --max-model-len 1024
   done
 }
 
@@ -194,7 +222,9 @@ choose_options
 machine >"$out/machine.next"
 # Results of another version, and those that are all to be found anew, do not belong to this report.
 if [ -z "$steps" ] || ! cmp -s "$out/machine.next" "$out/machine.txt"; then
-  find "$out" -mindepth 1 -maxdepth 1 -type f ! -name machine.next -delete
+  rm -f "$out"/{machine,steps,report}.txt "$out"/{probe,report}.json
+  for name in configure build "${known[@]}"; do rm -f "$out/$name.log"; done
+  for name in "${bench_names[@]}"; do rm -f "$out/$name.json"; done
 fi
 mv "$out/machine.next" "$out/machine.txt"
 cat "$out/machine.txt"

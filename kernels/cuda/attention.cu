@@ -318,6 +318,12 @@ void launch_tiles(const AttentionArgs& args, const Counts& counts, const Plan& p
              launch.stream, args, plan);
 }
 
+template <int kDim, int kValues>
+void load_tiles() {
+  load_kernel(attend<kDim, kValues, 1>);
+  load_kernel(attend<kDim, kValues, kLongWarps>);
+}
+
 }  // namespace
 
 int64_t attention_workspace_bytes(const OpLimits& limits) {
@@ -370,6 +376,14 @@ void attention(const Attention& args, const Launch& launch) {
   } else {
     launch_tiles<kHeadDimMax, 128>(attention_args, counts, plan, launch);
   }
+}
+
+void load_attention_kernels() {
+  load_kernel(plan_tasks);
+  load_tiles<64, 64>();
+  load_tiles<128, 128>();
+  load_tiles<kHeadDimMax, 128>();
+  load_kernel(merge_partials);
 }
 
 }  // namespace moed::cuda

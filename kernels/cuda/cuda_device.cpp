@@ -63,7 +63,12 @@ class CudaDevice final : public Device {
     return Buffer(this, data, bytes, memory);
   }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<OpStream>(*context_, ops_); }
-  std::unique_ptr<Event> make_event() override { return std::make_unique<CudaEvent>(*context_, epoch_); }
+  std::unique_ptr<Event> make_event() override {
+    return std::make_unique<CudaEvent>(*context_, epoch_, /*timed=*/false);
+  }
+  std::unique_ptr<Event> make_timed_event() override {
+    return std::make_unique<CudaEvent>(*context_, epoch_, /*timed=*/true);
+  }
   Ops& ops() override { return ops_; }
   // Those of the host device take no notice of their stream.
   Ops& host_ops() override { return host_->host_ops(); }
@@ -116,7 +121,7 @@ StatusOr<Found> find_device(int32_t index) {
     offer.minor = properties.minor;
   }
   cudaGetLastError();
-  MOED_RETURN_IF_ERROR(check_offer(offer));
+  MOED_RETURN_IF_ERROR(check_offer(offer, parse_architectures(MOED_CUDA_ARCHITECTURES)));
   Found found;
   found.index = index;
   found.name = offer.name;

@@ -48,6 +48,10 @@ Status CudaOps::add_workspace() {
 
 // Limits of all who reserve.
 Status CudaOps::reserve(const OpLimits& limits) {
+  context_.activate();
+  load_kernels();
+  context_.check_launches("loading the kernels");
+  MOED_RETURN_IF_ERROR(context_.status());
   limits_ = larger(limits_, limits);
   const int64_t bytes = std::max(moed::cuda::workspace_bytes(limits_), CudaLinear::kWorkspaceBytes);
   if (bytes > CudaMemory::kOwnBytes / kWorkspacesAtStart) {

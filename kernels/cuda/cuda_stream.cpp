@@ -21,9 +21,11 @@ Epoch::~Epoch() {
   if (event_ != nullptr) context_.check(cudaEventDestroy(event_), "destroying an event");
 }
 
-CudaEvent::CudaEvent(Context& context, const Epoch& epoch) : context_(context), epoch_(epoch) {
+CudaEvent::CudaEvent(Context& context, const Epoch& epoch, bool timed)
+    : context_(context), epoch_(epoch), timed_(timed) {
   context_.activate();
-  context_.check(cudaEventCreate(&event_), "creating an event");
+  context_.check(cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming),
+                 "creating an event");
 }
 
 CudaEvent::~CudaEvent() {
@@ -70,6 +72,7 @@ double CudaEvent::at_us() const {
 
 double CudaEvent::us_since(const Event& earlier) const {
   const auto& begin = static_cast<const CudaEvent&>(earlier);
+  MOED_CHECK(timed_ && begin.timed_) << "us_since of an event without a time";
   begin.check_recorded("us_since");
   check_recorded("us_since");
   // Straight from one to the other where that can be: the time since the epoch is a float that gets coarse.

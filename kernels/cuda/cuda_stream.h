@@ -25,7 +25,7 @@ class Epoch {
 // Recorded by streams of the GPU or by the host lane, now this, now that.
 class CudaEvent final : public Event {
  public:
-  CudaEvent(Context& context, const Epoch& epoch);
+  CudaEvent(Context& context, const Epoch& epoch, bool timed);
   ~CudaEvent() override;
 
   bool done() const override;
@@ -46,6 +46,7 @@ class CudaEvent final : public Event {
 
   Context& context_;
   const Epoch& epoch_;
+  const bool timed_;
   cudaEvent_t event_ = nullptr;
   Recorder recorder_ = Recorder::kNone;
   std::chrono::steady_clock::time_point at_;  // kHost

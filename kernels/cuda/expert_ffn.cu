@@ -160,4 +160,10 @@ void expert_ffn(const ExpertFfn& args, const Launch& launch) {
   run_kernel(down, grid(ffn.hidden, 2 * kPanelColumns), dim3{kTileThreads}, 0, launch.stream, ffn);
 }
 
+void load_expert_ffn_kernels() {
+  load_kernel(plan_tasks);
+  load_kernel(gate_up);
+  load_kernel(down);
+}
+
 }  // namespace moed::cuda

@@ -75,4 +75,6 @@ void group(const Group& args, const Launch& launch) {
   run_kernel(group_pairs, dim3{static_cast<unsigned>(args.num_experts)}, dim3{kGroupThreads}, 0, launch.stream, args);
 }
 
+void load_group_kernels() { load_kernel(group_pairs); }
+
 }  // namespace moed::cuda

@@ -20,6 +20,20 @@ struct Launch {
 // Bytes of workspace for calls within `limits`.
 int64_t workspace_bytes(const OpLimits& limits);
 
+// Loads every kernel, so that no pass does: the first use of one waits for the device, and where the driver has to
+// translate it, for seconds. What failed is what the runtime's last error says. Of the device that the thread has
+// chosen.
+void load_kernels();
+// Those of one source file each; load_kernels() calls all.
+void load_attention_kernels();
+void load_expert_ffn_kernels();
+void load_group_kernels();
+void load_linear_kernels();
+void load_rope_append_kernels();
+void load_route_kernels();
+void load_rows_kernels();
+void load_sample_kernels();
+
 // The ops of kernels/ops.h, one function each: enqueues its kernels on launch.stream and returns. All pointers, those
 // inside tables included, are ones that kernels can read; attention's spans are read by the host too. A launch that
 // failed is what the runtime's last error says after the call. Serving thread only.

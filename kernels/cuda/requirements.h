@@ -2,10 +2,22 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "base/status.h"
 
 namespace moed::cuda {
+
+// What the kernels were compiled to, each a compute capability as 10 * major + minor.
+struct Compiled {
+  std::vector<int32_t> code;  // machine code: runs on GPUs of the same major and the same or a later minor number
+  std::vector<int32_t> ptx;   // what a driver translates for any GPU of that capability or a later one
+};
+
+// What CMAKE_CUDA_ARCHITECTURES says, commas between: "80,86-real,90-virtual"; a number alone is both. What is none of
+// these, "native" say, leaves both empty.
+Compiled parse_architectures(std::string_view text);
 
 // What a machine offers to CUDA, as its driver says. Versions are 1000 * major + 10 * minor.
 struct Offer {
@@ -19,9 +31,9 @@ struct Offer {
   int32_t minor = 0;
 };
 
-// Whether this build runs there. Pure. Errors: kUnavailable with one line that says what is missing; kInvalidArgument
-// for a device that the machine does not have.
-Status check_offer(const Offer& offer);
+// Whether a build of these kernels runs there; nothing compiled: not known to which. Pure. Errors: kUnavailable with
+// one line that says what is missing; kInvalidArgument for a device that the machine does not have.
+Status check_offer(const Offer& offer, const Compiled& compiled);
 
 // "0", "1"...: the N of "cuda:N". Errors: kInvalidArgument.
 StatusOr<int32_t> parse_index(std::string_view text);

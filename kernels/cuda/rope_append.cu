@@ -123,4 +123,6 @@ void rope_append(const RopeAppend& args, const Launch& launch) {
   run_kernel(turn_and_append, dim3{static_cast<unsigned>(args.qkv.rows)}, dim3{kRopeThreads}, 0, launch.stream, rope);
 }
 
+void load_rope_append_kernels() { load_kernel(turn_and_append); }
+
 }  // namespace moed::cuda

@@ -180,4 +180,6 @@ void route(const Route& args, const Launch& launch) {
              shared_bytes, launch.stream, route_args);
 }
 
+void load_route_kernels() { load_kernel(choose_experts); }
+
 }  // namespace moed::cuda

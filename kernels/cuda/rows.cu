@@ -131,4 +131,12 @@ void move(Matrix<const Bf16> from, Matrix<Bf16> to, const Launch& launch) {
   run_kernel(move_rows, grid, dim3{kRowThreads}, 0, launch.stream, from, to, wide);
 }
 
+void load_rows_kernels() {
+  load_kernel(embed_rows);
+  load_kernel(normalise_rows);
+  load_kernel(combine_rows);
+  load_kernel(add_bias_rows);
+  load_kernel(move_rows);
+}
+
 }  // namespace moed::cuda

@@ -272,4 +272,6 @@ void sample(const Sample& args, const Launch& launch) {
              args.rows.data(), args.logits, args.tokens);
 }
 
+void load_sample_kernels() { load_kernel(sample_rows); }
+
 }  // namespace moed::cuda

@@ -2,8 +2,6 @@
 
 #include <cmath>
 #include <cstdio>
-#include <map>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,7 +18,7 @@ constexpr double kMemoryGibMax = 65536.0;
 
 class EmulatedEvent final : public Event {
  public:
-  explicit EmulatedEvent(Emulation& emulation) : emulation_(emulation) {}
+  EmulatedEvent(Emulation& emulation, bool timed) : emulation_(emulation), timed_(timed) {}
 
   bool done() const override {
     const Recording& last = recorded("done");
@@ -35,6 +33,7 @@ class EmulatedEvent final : public Event {
     return last.status;
   }
   double us_since(const Event& earlier) const override {
+    MOED_CHECK(timed_ && static_cast<const EmulatedEvent&>(earlier).timed_) << "us_since of an event without a time";
     const Recording& begin = static_cast<const EmulatedEvent&>(earlier).recorded("us_since");
     const Recording& end = recorded("us_since");
     MOED_CHECK(begin.done && end.done) << "us_since of an event that is not done";
@@ -49,6 +48,7 @@ class EmulatedEvent final : public Event {
 
  private:
   Emulation& emulation_;
+  const bool timed_;
 };
 
 class EmulatedStream final : public Stream {
@@ -181,7 +181,10 @@ class EmulatedDevice final : public Device {
     return Buffer(this, data, bytes, memory);
   }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<EmulatedStream>(emulation_); }
-  std::unique_ptr<Event> make_event() override { return std::make_unique<EmulatedEvent>(emulation_); }
+  std::unique_ptr<Event> make_event() override { return std::make_unique<EmulatedEvent>(emulation_, /*timed=*/false); }
+  std::unique_ptr<Event> make_timed_event() override {
+    return std::make_unique<EmulatedEvent>(emulation_, /*timed=*/true);
+  }
   Ops& ops() override { return ops_; }
   Ops& host_ops() override { return host_ops_; }
   Stream& host_stream() override { return host_stream_; }
@@ -191,20 +194,10 @@ class EmulatedDevice final : public Device {
   int64_t memory_bytes() const override { return emulation_.memory->capacity_bytes(); }
   bool memory_is_host() const override { return true; }
   Status pin(std::byte* data, int64_t bytes) override {
-    MOED_CHECK(data != nullptr && bytes > 0) << "pin: " << bytes << " bytes";
-    MOED_CHECK(!emulation_.memory->is_device(data)) << "pin: device memory";
-    std::lock_guard lock(pins_mutex_);
-    const auto next = pins_.upper_bound(data);
-    const bool overlaps = (next != pins_.end() && data + bytes > next->first) ||
-                          (next != pins_.begin() && std::prev(next)->first + std::prev(next)->second > data);
-    MOED_CHECK(!overlaps) << "pin: " << bytes << " bytes of which some are pinned already";
-    pins_.emplace(data, bytes);
+    emulation_.memory->pin(data, bytes);
     return {};
   }
-  void unpin(std::byte* data) override {
-    std::lock_guard lock(pins_mutex_);
-    MOED_CHECK(pins_.erase(data) == 1) << "unpin: nothing that begins there was pinned";
-  }
+  void unpin(std::byte* data) override { emulation_.memory->unpin(data); }
   int num_host_threads() const override { return emulation_.host().num_host_threads(); }
   void run_host(int64_t count, FunctionRef<void(int64_t index, int thread)> fn) override {
     emulation_.host().run_host(count, fn);
@@ -228,8 +221,6 @@ class EmulatedDevice final : public Device {
   HostLaneStream host_stream_;
   EmulatedOps ops_;
   HostLaneOps host_ops_;
-  std::mutex pins_mutex_;
-  std::map<std::byte*, int64_t> pins_;  // begin, bytes; guarded by pins_mutex_
   std::string description_;
 };
 

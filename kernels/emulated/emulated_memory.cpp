@@ -138,6 +138,33 @@ void EmulatedMemory::check_range(const void* data, int64_t bytes, const char* op
       << op << ": " << field << " runs over the end of " << describe(begin, begin + static_cast<uintptr_t>(bytes));
 }
 
+void EmulatedMemory::pin(const std::byte* data, int64_t bytes) {
+  MOED_CHECK(data != nullptr && bytes > 0) << "pin: " << bytes << " bytes";
+  MOED_CHECK(!is_device(data)) << "pin: device memory";
+  const uintptr_t begin = address_of(data);
+  const uintptr_t end = begin + static_cast<uintptr_t>(bytes);
+  std::lock_guard lock(pins_mutex_);
+  const auto next = pins_.upper_bound(begin);
+  const bool overlaps =
+      (next != pins_.end() && end > next->first) || (next != pins_.begin() && std::prev(next)->second > begin);
+  MOED_CHECK(!overlaps) << "pin: " << bytes << " bytes of which some are pinned already";
+  pins_.emplace(begin, end);
+}
+
+void EmulatedMemory::unpin(const std::byte* data) {
+  std::lock_guard lock(pins_mutex_);
+  MOED_CHECK(pins_.erase(address_of(data)) == 1) << "unpin: nothing that begins there was pinned";
+}
+
+bool EmulatedMemory::in_reach(const void* data, int64_t bytes) const {
+  const uintptr_t begin = address_of(data);
+  const auto at = find(begin);
+  if (at != pieces_.end()) return at->second.memory != Memory::kPinned;
+  std::lock_guard lock(pins_mutex_);
+  const auto next = pins_.upper_bound(begin);
+  return next != pins_.begin() && begin + static_cast<uintptr_t>(bytes) <= std::prev(next)->second;
+}
+
 bool EmulatedMemory::is_mapped(const void* data, int64_t bytes) const {
   const uintptr_t begin = address_of(data);
   const auto at = find(begin);

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 
 #include "base/huge_pages.h"
@@ -14,8 +15,8 @@ namespace moed {
 
 // The memory of an emulated device: a memfd mapped twice, once without any access for the addresses that the engine
 // sees, once for the kernels. Freed addresses are not given out again. Pinned and mapped memory are ordinary pages that
-// the device knows; all other host memory it may read and write too, as a device with unified addressing does (weights
-// and host KV lie there).
+// the device knows. All other host memory copies may read and write, as a driver does through buffers of its own, and
+// kernels while it is pinned (weights and host KV lie there).
 class EmulatedMemory {
  public:
   // Errors: kResourceExhausted.
@@ -33,6 +34,12 @@ class EmulatedMemory {
   void* translate(const void* data) const;
   // Dies with the names of op and field unless all of it is in one live buffer, or in host memory that is no buffer.
   void check_range(const void* data, int64_t bytes, const char* op, const char* field) const;
+  // Host memory that is no buffer, from now on within reach of kernels. Any thread. Dies where some of it is already.
+  void pin(const std::byte* data, int64_t bytes);
+  void unpin(const std::byte* data);
+  // Whether kernels may touch all of it: device or mapped memory of one live buffer, or one piece of pinned host
+  // memory.
+  bool in_reach(const void* data, int64_t bytes) const;
   // Whether all of it is in one live buffer of mapped memory.
   bool is_mapped(const void* data, int64_t bytes) const;
   // "device buffer 3 (4096 bytes), bytes [0, 64)"
@@ -62,6 +69,8 @@ class EmulatedMemory {
   std::byte* window_ = nullptr;  // what the engine sees: no access
   std::byte* alias_ = nullptr;   // what kernels see
   std::map<uintptr_t, Piece> pieces_;
+  mutable std::mutex pins_mutex_;
+  std::map<uintptr_t, uintptr_t> pins_;  // begin, end; guarded by pins_mutex_
 };
 
 }  // namespace moed

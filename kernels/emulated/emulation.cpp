@@ -20,6 +20,9 @@ class EnqueueVisitor : public RangeVisitor {
       const std::byte* data = base == nullptr ? nullptr : static_cast<const std::byte*>(base) + offset;
       memory_.check_range(data, bytes, about_.op, name);
       check_lane(data, name);
+      MOED_CHECK(on_host() || memory_.in_reach(data, bytes))
+          << about_.op << ": " << name
+          << " lies in host memory that is neither mapped nor pinned, out of kernels' reach";
       checker_.access(access, data, bytes, name);
     });
   }

@@ -314,7 +314,7 @@ class SimulatedDevice final : public Device {
   int64_t memory_bytes() const override { return simulation_.memory.capacity_bytes(); }
   const MachineFile* machine() const override { return &simulation_.machine; }
   double now_us() const override { return simulation_.timeline.now_us(); }
-  DeviceTotals totals() const override {
+  std::optional<DeviceTotals> totals() const override {
     DeviceTotals sums;
     const auto& parts = simulation_.timeline.totals();
     sums.kernels_us = parts[static_cast<int>(Resource::kKernels)].busy_us;

@@ -55,6 +55,11 @@ def test_the_compose_file_publishes_on_loopback_only():
     assert tomllib.loads(done.stdout)["server"]["insecure"] is True
 
 
+def test_the_unit_keeps_translated_kernels_where_it_may_write():
+    unit = dict(re.findall(r"^(\w+)=(.*)$", (ROOT / "deploy/moed.service").read_text(), re.M))
+    assert unit["Environment"] == f"CUDA_CACHE_PATH=/var/cache/{unit['CacheDirectory']}"
+
+
 def test_the_unit_starts_a_command_that_exists():
     (start,) = re.findall(r"^ExecStart=/usr/local/bin/moed (.*)$", (ROOT / "deploy/moed.service").read_text(), re.M)
     words = start.replace("/etc/moed/moed.toml", str(ROOT / "deploy/config/laptop-cpu.toml")).split()

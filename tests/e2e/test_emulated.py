@@ -57,6 +57,8 @@ def test_the_plan_is_told(placed):
     name, daemon = placed
     info = requests.get(daemon.url + "/info", timeout=30).json()
     assert info["plan"].items() >= PLACEMENTS[name][1].items()
+    experts = info["plan"]["host_experts"]
+    assert experts["refusal"] is None and experts["pinned_bytes"] >= experts["bytes"] > 0
     device = info["memory_budget"]["device"]
     assert sum(device[key] for key in device if key.endswith("_bytes") and key != "memory_bytes") <= device["memory_bytes"]
     if name != "device":

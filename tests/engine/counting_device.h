@@ -70,6 +70,7 @@ class CountingDevice final : public Device {
     return std::make_unique<CountingStream>(device_->make_stream(), copied);
   }
   std::unique_ptr<Event> make_event() override { return device_->make_event(); }
+  std::unique_ptr<Event> make_timed_event() override { return device_->make_timed_event(); }
   Ops& ops() override { return ops_; }
   Ops& host_ops() override { return device_->host_ops(); }
   Stream& host_stream() override { return device_->host_stream(); }

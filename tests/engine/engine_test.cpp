@@ -310,6 +310,7 @@ class CountingDevice : public Device {
   }
   std::unique_ptr<Stream> make_stream() override { return device_.make_stream(); }
   std::unique_ptr<Event> make_event() override { return device_.make_event(); }
+  std::unique_ptr<Event> make_timed_event() override { return device_.make_timed_event(); }
   Ops& ops() override { return device_.ops(); }
   Ops& host_ops() override { return device_.host_ops(); }
   Stream& host_stream() override { return device_.host_stream(); }

@@ -76,6 +76,9 @@ class WatchedDevice final : public Device {
   StatusOr<Buffer> allocate(int64_t bytes, Memory memory) override { return inner_->allocate(bytes, memory); }
   std::unique_ptr<Stream> make_stream() override { return std::make_unique<WatchedStream>(inner_->make_stream()); }
   std::unique_ptr<Event> make_event() override { return std::make_unique<WatchedEvent>(inner_->make_event(), watch_); }
+  std::unique_ptr<Event> make_timed_event() override {
+    return std::make_unique<WatchedEvent>(inner_->make_timed_event(), watch_);
+  }
   // Late ops take no notice of their stream.
   Ops& ops() override { return inner_->ops(); }
   Ops& host_ops() override { return inner_->host_ops(); }

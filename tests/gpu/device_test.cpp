@@ -80,7 +80,7 @@ TEST_F(GpuDevice, EventsOrderStreams) {
     hops.push_back(device_->allocate(kBytes, Memory::kDevice).value());
     stream.copy(hops.back().data(), last, kBytes);
     last = hops.back().data();
-    events.push_back(device_->make_event());
+    events.push_back(device_->make_timed_event());
     stream.record(*events.back());
   }
   const Buffer to = device_->allocate(kBytes, Memory::kPinned).value();
@@ -115,7 +115,8 @@ TEST_F(GpuDevice, PinnedMemoryIsCopiedAndReadInPlace) {
 
 TEST_F(GpuDevice, BothLanesShareAClock) {
   const auto stream = device_->make_stream();
-  const auto first = device_->make_event(), between = device_->make_event(), last = device_->make_event();
+  const auto first = device_->make_timed_event(), between = device_->make_timed_event(),
+             last = device_->make_timed_event();
   stream->record(*first);
   ASSERT_TRUE(first->join().ok());
   device_->host_stream().record(*between);

@@ -47,7 +47,7 @@ class Probe {
  public:
   Probe(Device& device, const Sizes& sizes) : device_(device), sizes_(sizes) {
     for (int i = 0; i < 2; ++i) streams_.push_back(device.make_stream());
-    for (int i = 0; i < 4; ++i) events_.push_back(device.make_event());
+    for (int i = 0; i < 4; ++i) events_.push_back(device.make_timed_event());
     const int64_t rows = sizes.many_rows;
     weights_ = buffer(int64_t{sizes.hidden} * sizes.intermediate * 2);
     x_ = buffer(rows * std::max(sizes.hidden, sizes.intermediate) * 2);

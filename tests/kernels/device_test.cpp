@@ -88,8 +88,8 @@ TEST(Device, BuffersAreBackedAtOnce) {
 TEST(Device, StreamsRunInOrderAndEventsMeasure) {
   auto device = open_device("cpu", {.num_threads = 1, .deterministic = false, .isa = ""}).value();
   const auto stream = device->make_stream();
-  const auto begin = device->make_event();
-  const auto end = device->make_event();
+  const auto begin = device->make_timed_event();
+  const auto end = device->make_timed_event();
   const char source[] = "expert";
   char target[sizeof(source)] = {};
   stream->record(*begin);

@@ -68,7 +68,7 @@ class EmulatedTest : public testing::Test {
   std::unique_ptr<Device> device_ = open_emulated();
   std::unique_ptr<Stream> stream_ = device_->make_stream();
   std::unique_ptr<Stream> other_ = device_->make_stream();
-  std::unique_ptr<Event> event_ = device_->make_event();
+  std::unique_ptr<Event> event_ = device_->make_timed_event();
   Buffer a_, b_, c_, mapped_;
 };
 
@@ -245,6 +245,24 @@ TEST_F(EmulatedDeathTest, MemoryThatIsNotThere) {
   EXPECT_DEATH(add(rows(mapped_), {nullptr, kRows, kCols}, *stream_), "combine: y is null");
 }
 
+// Copies reach all of the host's memory, kernels what is mapped or pinned.
+TEST_F(EmulatedDeathTest, HostMemoryOutOfKernelsReach) {
+  std::vector<float> host(2 * kRows * kCols);
+  const Matrix<float> first{host.data(), kRows, kCols};
+  auto* data = reinterpret_cast<std::byte*>(host.data());
+  stream_->copy(a_.data(), data, kBytes);
+  constexpr const char* kWhy = "combine: y lies in host memory that is neither mapped nor pinned";
+  EXPECT_DEATH(add(rows(a_), first, *stream_), kWhy);
+  ASSERT_TRUE(device_->pin(data, kBytes).ok());
+  add(rows(a_), first, *stream_);
+  EXPECT_DEATH(add(rows(a_), {host.data() + kCols, kRows, kCols}, *stream_), kWhy);  // the last row is not pinned
+  join(*stream_);
+  device_->unpin(data);
+  EXPECT_DEATH(add(rows(a_), first, *stream_), kWhy);
+  const Buffer pinned = device_->allocate(kBytes, Memory::kPinned).value();
+  EXPECT_DEATH(add(rows(a_), rows(pinned), *stream_), kWhy);
+}
+
 TEST_F(EmulatedDeathTest, ABufferFreedInUse) {
   Buffer buffer = device_->allocate(kBytes, Memory::kDevice).value();
   add(rows(buffer), rows(a_), *stream_);
@@ -252,19 +270,23 @@ TEST_F(EmulatedDeathTest, ABufferFreedInUse) {
   join(*stream_);
 }
 
-TEST_F(EmulatedDeathTest, EventsThatWereNeverRecorded) {
+TEST_F(EmulatedDeathTest, EventsThatCannotTell) {
   EXPECT_DEATH(stream_->wait(*event_), "wait: the event was never recorded");
   EXPECT_DEATH(static_cast<void>(event_->join()), "join: the event was never recorded");
   EXPECT_DEATH(static_cast<void>(event_->done()), "done: the event was never recorded");
+  const auto untimed = device_->make_event();
+  stream_->record(*untimed);
+  EXPECT_TRUE(untimed->join().ok());
+  EXPECT_DEATH(static_cast<void>(untimed->us_since(*untimed)), "us_since of an event without a time");
 }
 
 TEST_F(EmulatedDeathTest, TablesStayUntilTheHostHasWaited) {
-  const std::vector<float> weight(kCols, 1.0F);
+  const Buffer weight = device_->allocate(kCols * 4, Memory::kMapped).value();
   auto* picked = mapped_.as<int32_t>();
   picked[0] = 1;
   picked[1] = 5;
   const auto normalise = [&](std::span<const int32_t> table) {
-    device_->ops().rms_norm(rows(a_), table, weight.data(), 1e-5F, {b_.as<Bf16>(), 2, kCols}, *stream_);
+    device_->ops().rms_norm(rows(a_), table, weight.as<float>(), 1e-5F, {b_.as<Bf16>(), 2, kCols}, *stream_);
   };
   normalise({picked, 2});
   EXPECT_DEATH(

@@ -64,7 +64,7 @@ TEST_F(HostLaneTest, RunsAtOnceAndTheDeviceComesAfterIt) {
 }
 
 TEST_F(HostLaneTest, ItsEventsAreDoneAndStreamsMayWaitForThem) {
-  const auto of_lane = device_->make_event();
+  const auto of_lane = device_->make_timed_event();
   on_host(a_, b_);
   device_->host_stream().record(*of_lane);
   EXPECT_TRUE(of_lane->done());

@@ -194,6 +194,32 @@ TEST_F(BackendTest, TheSmallestRingServes) {
   EXPECT_GE((*backend)->engine().stats().expert_bytes_copied, 8 * 3 * 32 * 24 * 2);  // every expert of both layers
 }
 
+TEST_F(BackendTest, HostExpertsArePinnedWhereTheyAreCopied) {
+  EXPECT_FALSE((*load_with(settings_for("cpu")))->pins().has_value());
+  Settings settings = settings_for("emulated");
+  settings.device.device_memory_gib = 0.03;
+  settings.placement.ring_slots = 2;
+  const CapturedLog log;
+  const auto backend = load_with(settings);
+  ASSERT_TRUE(backend.ok()) << backend.status().message();
+  const std::optional<ExpertPins> pins = (*backend)->pins();
+  ASSERT_TRUE(pins.has_value());
+  EXPECT_TRUE(pins->all_pinned());
+  EXPECT_GE(pins->expert_bytes, 8 * 3 * 32 * 24 * 2);
+  EXPECT_EQ(log.count("pinned"), 0);
+}
+
+TEST(ExpertPins, ARefusalIsOneLineWithItsArithmetic) {
+  ExpertPins pins{.expert_bytes = int64_t{3} << 30, .pinned_bytes = int64_t{3} << 30};
+  EXPECT_TRUE(pins.all_pinned());
+  EXPECT_EQ(pins.warning(), "");
+  pins.pinned_bytes = int64_t{1} << 30;
+  pins.refusal = "cannot pin 17179869184 bytes: out of memory";
+  EXPECT_FALSE(pins.all_pinned());
+  EXPECT_EQ(pins.warning().find("2.00 of 3.00 GiB of experts are not pinned"), 0U) << pins.warning();
+  EXPECT_NE(pins.warning().find(pins.refusal), std::string::npos) << pins.warning();
+}
+
 TEST_F(BackendTest, PlacementThatCannotBeIsRefusedBeforeWeightsAreLoaded) {
   struct Case {
     std::function<void(Settings&)> spoil;

@@ -217,6 +217,21 @@ TEST(BenchEngine, RunsOnRealDevicesToo) {
   ASSERT_TRUE(json.is_object());
   EXPECT_EQ(json["simulated"], false);
   EXPECT_EQ(json["run"]["new_tokens"], 8);
+  EXPECT_EQ(json["layers"], 2);  // the model's, without --layers
+}
+
+// Zero would say that nothing was copied.
+TEST(BenchEngine, WhatADeviceDoesNotCountIsNull) {
+  const Json json = bench({"--model", MOED_SOURCE_DIR "/tests/golden/mixtral", "--clients", "2", "--prompt", "6",
+                           "--new", "4", "--threads", "1", "--policy", "stream", "--device-memory-gib", "0.1"},
+                          "emulated");
+  ASSERT_TRUE(json.is_object());
+  for (const char* part : {"kernels", "copies_up", "copies_down", "host_ops"}) {
+    EXPECT_TRUE(json["run"]["busy"][part].is_null()) << part;
+  }
+  EXPECT_TRUE(json["run"]["bytes"]["link_up"].is_null());
+  EXPECT_GT(json["run"]["bytes"]["experts_copied"], 0);
+  EXPECT_TRUE(json["pins"]["all_pinned"].get<bool>());
 }
 
 TEST(BenchEngine, RefusesByName) {

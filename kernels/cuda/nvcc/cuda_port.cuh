@@ -82,6 +82,13 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* sh
 
 // ---- launches
 
+// A kernel is loaded when something first asks for it.
+template <class... P>
+void load_kernel(void (*kernel)(P...)) {
+  cudaFuncAttributes attributes{};
+  cudaFuncGetAttributes(&attributes, kernel);
+}
+
 // Enqueues a kernel; an empty grid is no launch. What goes wrong is the runtime's last error.
 template <class... P, class... A>
 void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, void* stream, const A&... args) {

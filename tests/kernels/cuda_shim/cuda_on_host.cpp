@@ -11,6 +11,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <utility>
 
 namespace moed::cuda_on_host {
@@ -47,6 +48,11 @@ class Random {
  private:
   uint64_t state_;
 };
+
+std::set<const void*>& loaded_kernels() {
+  static std::set<const void*> kernels;
+  return kernels;
+}
 
 enum class State : uint8_t { kRunnable, kAtWarp, kAtBlock, kDone };
 
@@ -365,10 +371,19 @@ const std::byte* peek(unsigned from) {
   return other.shown[m.current->num_shown % 2].data();
 }
 
+void check_aligned(const void* address, unsigned bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) die(std::string(what) + " is not aligned");
+}
+
+void note_loaded(const void* kernel) { loaded_kernels().insert(kernel); }
+
+void check_loaded(const void* kernel) {
+  if (!loaded_kernels().contains(kernel)) die("launch of a kernel that was not loaded (load_kernels())");
+}
+
 void copy_async(void* to, const void* from, int bytes) {
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
-    die("an asynchronous copy of what is not aligned");
-  }
+  check_aligned(to, 16, "an asynchronous copy's target");
+  if (bytes > 0) check_aligned(from, 16, "an asynchronous copy's source");
   std::memset(to, 0xFF, 16);
   machine().current->copies.push_back({to, from, bytes});
 }

@@ -41,6 +41,11 @@ struct Grid {
 };
 void run_grid(const Grid& grid, FunctionRef<void()> kernel);
 
+// A GPU loads a kernel at its first launch, in the middle of a pass: here a launch of one that was not loaded before
+// ends the process.
+void note_loaded(const void* kernel);
+void check_loaded(const void* kernel);
+
 // ---- for kernels
 
 struct Lane {
@@ -65,6 +70,9 @@ void meet_warp(const std::source_location& at);
 // but one show().
 void show(const void* data, int64_t bytes, const std::source_location& at);
 const std::byte* peek(unsigned lane);
+
+// Dies unless it is a multiple of `bytes`: on a GPU such an access ends the context.
+void check_aligned(const void* address, unsigned bytes, const char* what);
 
 void copy_async(void* to, const void* from, int bytes);
 void commit_copies();

@@ -19,6 +19,7 @@ class CudaOnHostOps final : public Ops {
   explicit CudaOnHostOps(bool deterministic) { launch_.deterministic = deterministic; }
 
   Status reserve(const OpLimits& limits) override {
+    cuda::load_kernels();
     constexpr int64_t kAlignment = 256;
     const int64_t bytes = cuda::workspace_bytes(limits);
     MOED_CHECK(bytes % kAlignment == 0) << bytes;

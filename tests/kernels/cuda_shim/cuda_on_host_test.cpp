@@ -70,6 +70,17 @@ TEST(CudaOnHost, FragmentsLieAsDocumented) {
   }
 }
 
+TEST(CudaOnHostDeathTest, WideAccessesMustBeAligned) {
+  probes::load_16_from(16);
+  probes::store_16_to(32);
+  EXPECT_DEATH(probes::load_16_from(8), "what a wide load reads is not aligned");
+  EXPECT_DEATH(probes::store_16_to(4), "what a wide store writes is not aligned");
+}
+
+TEST(CudaOnHostDeathTest, KernelsAreLoadedBeforeTheyRun) {
+  EXPECT_DEATH(probes::launch_unloaded(), "a kernel that was not loaded");
+}
+
 TEST(CudaOnHostDeathTest, ThreadsThatDoNotMeetAreTold) {
   EXPECT_DEATH(probes::half_a_warp_shuffles(), "a warp waits for lanes that do not come, at .*probes.cu");
   EXPECT_DEATH(probes::warps_at_different_barriers(), "threads of a block meet at different places: .*probes.cu");

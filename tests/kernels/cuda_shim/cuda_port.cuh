@@ -93,10 +93,18 @@ T load_as(const void* from) {
   std::memcpy(&value, from, sizeof value);
   return value;
 }
-inline uint4 load_16(const void* from) { return load_as<uint4>(from); }
-inline uint4 load_16_streamed(const void* from) { return load_as<uint4>(from); }
-inline uint32_t load_4(const void* from) { return load_as<uint32_t>(from); }
-inline void store_16(void* to, uint4 v) { std::memcpy(to, &v, sizeof v); }
+template <class T>
+T load_aligned(const void* from) {
+  cuda_on_host::check_aligned(from, sizeof(T), "what a wide load reads");
+  return load_as<T>(from);
+}
+inline uint4 load_16(const void* from) { return load_aligned<uint4>(from); }
+inline uint4 load_16_streamed(const void* from) { return load_aligned<uint4>(from); }
+inline uint32_t load_4(const void* from) { return load_aligned<uint32_t>(from); }
+inline void store_16(void* to, uint4 v) {
+  cuda_on_host::check_aligned(to, sizeof v, "what a wide store writes");
+  std::memcpy(to, &v, sizeof v);
+}
 
 inline void copy_async_16(void* shared, const void* global, int bytes) {
   cuda_on_host::copy_async(shared, global, bytes);
@@ -148,6 +156,7 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 inline void load_matrices_at(uint32_t (&r)[4], const void* shared_row, bool transposed, const source_location& at) {
+  cuda_on_host::check_aligned(shared_row, 16, "a row of a matrix in shared memory");
   cuda_on_host::show(&shared_row, sizeof shared_row, at);
   const unsigned me = cuda_on_host::lane().in_warp;
   for (unsigned i = 0; i < 4; ++i) {
@@ -169,8 +178,14 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* shared_row,
   load_matrices_at(r, shared_row, true, at);
 }
 
+template <class... P>
+void load_kernel(void (*kernel)(P...)) {
+  cuda_on_host::note_loaded(reinterpret_cast<const void*>(kernel));
+}
+
 template <class... P, class... A>
 void run_kernel(void (*kernel)(P...), dim3 grid, dim3 block, int64_t shared_bytes, void* /*stream*/, const A&... args) {
+  cuda_on_host::check_loaded(reinterpret_cast<const void*>(kernel));
   cuda_on_host::run_grid({grid, block, shared_bytes}, [&] { kernel(args...); });
 }
 

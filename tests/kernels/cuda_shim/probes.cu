@@ -86,6 +86,18 @@ __global__ void write_shared(int at) {
 
 __global__ void read_global(const int* from, int* to) { *to = from[threadIdx.x]; }
 
+__global__ void do_nothing() {}
+
+__global__ void load_at(const std::byte* from, uint4* to) { *to = cuda::load_16(from); }
+
+__global__ void store_at(std::byte* to) { cuda::store_16(to, uint4{}); }
+
+template <class... P, class... A>
+void run(void (*kernel)(P...), const A&... args) {
+  cuda::load_kernel(kernel);
+  cuda::run_kernel(kernel, args...);
+}
+
 const uint16_t* bits(const std::vector<Bf16>& x) { return reinterpret_cast<const uint16_t*>(x.data()); }
 
 }  // namespace
@@ -93,44 +105,54 @@ const uint16_t* bits(const std::vector<Bf16>& x) { return reinterpret_cast<const
 std::vector<int> thread_order(int threads) {
   std::vector<int> order(threads);
   int next = 0;
-  cuda::run_kernel(note_order, dim3{1}, dim3{static_cast<unsigned>(threads)}, 0, nullptr, order.data(), &next);
+  run(note_order, dim3{1}, dim3{static_cast<unsigned>(threads)}, 0, nullptr, order.data(), &next);
   return order;
 }
 
 std::vector<uint32_t> unwritten_shared(int count) {
   std::vector<uint32_t> out(count);
-  cuda::run_kernel(read_unwritten, dim3{1}, dim3{32}, int64_t{4} * count, nullptr, out.data(), count);
+  run(read_unwritten, dim3{1}, dim3{32}, int64_t{4} * count, nullptr, out.data(), count);
   return out;
 }
 
 std::vector<int> neighbours(int threads, bool barrier) {
   std::vector<int> out(threads);
-  cuda::run_kernel(read_neighbour, dim3{1}, dim3{static_cast<unsigned>(threads)}, 0, nullptr, out.data(), barrier);
+  run(read_neighbour, dim3{1}, dim3{static_cast<unsigned>(threads)}, 0, nullptr, out.data(), barrier);
   return out;
 }
 
 CopySeen asynchronous_copy(uint32_t value) {
   alignas(16) const uint32_t from[4] = {value, value, value, value};
   CopySeen seen{};
-  cuda::run_kernel(copy_and_look, dim3{1}, dim3{1}, 0, nullptr, &from[0], &seen);
+  run(copy_and_look, dim3{1}, dim3{1}, 0, nullptr, &from[0], &seen);
   return seen;
 }
 
 std::vector<float> multiply(const std::vector<Bf16>& a, const std::vector<Bf16>& b, bool by_matrices) {
   std::vector<float> d(16 * 8);
-  cuda::run_kernel(multiply_fragments, dim3{1}, dim3{32}, 0, nullptr, bits(a), bits(b), d.data(), by_matrices);
+  run(multiply_fragments, dim3{1}, dim3{32}, 0, nullptr, bits(a), bits(b), d.data(), by_matrices);
   return d;
 }
 
-void half_a_warp_shuffles() { cuda::run_kernel(shuffle_in_half, dim3{1}, dim3{32}, 0, nullptr); }
-void warps_at_different_barriers() { cuda::run_kernel(meet_apart, dim3{1}, dim3{64}, 0, nullptr); }
-void some_threads_end_before_a_barrier() { cuda::run_kernel(leave_early, dim3{1}, dim3{64}, 0, nullptr); }
-void write_past_shared() { cuda::run_kernel(write_shared, dim3{1}, dim3{32}, 0, nullptr, 1); }
+void half_a_warp_shuffles() { run(shuffle_in_half, dim3{1}, dim3{32}, 0, nullptr); }
+void warps_at_different_barriers() { run(meet_apart, dim3{1}, dim3{64}, 0, nullptr); }
+void some_threads_end_before_a_barrier() { run(leave_early, dim3{1}, dim3{64}, 0, nullptr); }
+void write_past_shared() { run(write_shared, dim3{1}, dim3{32}, 0, nullptr, 1); }
 void read_past_global() {
   const std::vector<int> from(31);
   int to = 0;
-  cuda::run_kernel(read_global, dim3{1}, dim3{32}, 0, nullptr, from.data(), &to);
+  run(read_global, dim3{1}, dim3{32}, 0, nullptr, from.data(), &to);
 }
-void too_much_shared_memory() { cuda::run_kernel(take_shared, dim3{1}, dim3{32}, 0, nullptr); }
+void load_16_from(int offset) {
+  alignas(16) const std::byte from[64] = {};
+  uint4 to{};
+  run(load_at, dim3{1}, dim3{1}, 0, nullptr, &from[offset], &to);
+}
+void store_16_to(int offset) {
+  alignas(16) std::byte to[64] = {};
+  run(store_at, dim3{1}, dim3{1}, 0, nullptr, &to[offset]);
+}
+void launch_unloaded() { cuda::run_kernel(do_nothing, dim3{1}, dim3{1}, 0, nullptr); }
+void too_much_shared_memory() { run(take_shared, dim3{1}, dim3{32}, 0, nullptr); }
 
 }  // namespace moed::probes

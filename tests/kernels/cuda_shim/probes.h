@@ -23,7 +23,12 @@ CopySeen asynchronous_copy(uint32_t value);
 // d = a b of 16 x 16 and 16 x 8, row-major. by_matrices: fragments come from load_matrices (b by the transposed one).
 std::vector<float> multiply(const std::vector<Bf16>& a, const std::vector<Bf16>& b, bool by_matrices);
 
+// 16 bytes that begin so many bytes after a multiple of 16; what is none dies.
+void load_16_from(int offset);
+void store_16_to(int offset);
+
 // These die.
+void launch_unloaded();
 void half_a_warp_shuffles();
 void warps_at_different_barriers();
 void some_threads_end_before_a_barrier();
