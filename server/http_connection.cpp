@@ -189,6 +189,13 @@ awaitable<Connection::Next> Connection::serve_one() {
 awaitable<Connection::Next> Connection::exchange(HttpRequest& request) {
   Parser parser;
   if (const Next next = co_await read_head(parser, request); next != Next::kRequest) co_return next;
+// The parser takes any other coding for no body: what is one would be read as the next request.
+bool has_known_framing(const HttpRequest& request) {
+  return std::all_of(request.headers.begin(), request.headers.end(), [](const auto& header) {
+    return header.first != "transfer-encoding" || lower_case(header.second) == "chunked";
+  });
+}
+
   if (std::optional<HttpReply> refusal = shared_.handler->admit(request)) {
     const bool unread = parser.chunked() || parser.content_length().value_or(0) > 0;
     if (unread) keep_alive_ = false;
@@ -243,6 +250,9 @@ awaitable<error_code> Connection::receive_some(Parser& parser) {
       co_return make_error_code(parser.got_some() ? http::error::partial_message : http::error::end_of_stream);
     }
     if (failed) co_return failed;
+  if (!has_known_framing(request)) {
+    co_return co_await refuse(400, "Transfer-Encoding must be chunked, and that alone", request);
+  }
     buffer_.commit(count);
   }
 }
