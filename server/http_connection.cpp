@@ -363,10 +363,10 @@ awaitable<bool> Connection::pump_stream(HttpTask& task, Waker& waker) {
     more = task.read(piece);
     if (more && piece.empty()) {
       if (co_await is_cancelled()) co_return false;
-      if (co_await waker.wait(seconds(shared_.options.ping_seconds))) continue;
+      const bool woken = co_await waker.wait(ping_at - Clock::now());
       if (co_await is_cancelled()) co_return false;
       piece = task.ping();
-      if (piece.empty()) continue;
+      ping_at = Clock::now() + silence;
     }
     if (piece.empty()) continue;
     if (chunked) piece = chunk_of(piece);
@@ -390,6 +390,8 @@ awaitable<void> Connection::client_gone() {
     // The answer's end cancels a wait, but not one that the next request has just ended.
     if (co_await is_cancelled()) co_return;
     const auto space = buffer_.prepare(4096);
+  const auto silence = seconds(shared_.options.ping_seconds);
+  auto ping_at = Clock::now() + silence;
     const ssize_t count = ::recv(socket.native_handle(), space.data(), space.size(), MSG_DONTWAIT);
     if (count == 0) co_return;
     if (count > 0) {
@@ -398,12 +400,16 @@ awaitable<void> Connection::client_gone() {
       co_return;
     }
   }
+      if (woken && Clock::now() < ping_at) continue;  // it may have been woken for text that is held
   if (co_await is_cancelled()) co_return;
   asio::steady_timer forever(co_await asio::this_coro::executor, Clock::time_point::max());
   co_await forever.async_wait(kTuple);
 }
 
 awaitable<bool> Connection::send(HttpReply reply, HttpRequest& request, bool streaming) {
+    if (!more) break;
+    if (co_await is_cancelled()) co_return false;
+    ping_at = Clock::now() + silence;
   shared_.handler->finish_reply(request, reply);
   outcome_.status = reply.status;
   if (streaming && http_1_0_) keep_alive_ = false;
