@@ -1,5 +1,6 @@
 #include "server/http_connection.h"
 
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -40,6 +41,7 @@ constexpr size_t kPipelineBytes = 64 << 10;    // read ahead of the answer under
 constexpr size_t kInlineBodyBytes = 64 << 10;  // larger bodies are parsed off the I/O threads
 constexpr int64_t kLingerBytes = 256ll << 20;  // of a refused body, thrown away so that the client sees the answer
 constexpr auto kLingerTime = std::chrono::seconds(5);
+constexpr auto kStandingTime = std::chrono::milliseconds(250);  // between two looks at a socket that is not read
 
 Clock::duration seconds(double value) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
@@ -92,7 +94,9 @@ class Connection final : public HttpConnection, public std::enable_shared_from_t
   void close(bool idle_only) override {
     asio::post(stream_.get_executor(), [weak = weak_from_this(), idle_only] {
       const auto self = weak.lock();
-      if (self && !(idle_only && self->busy_)) self->stream_.close();
+      if (!self || (idle_only && self->busy_)) return;
+      self->cut_ = true;
+      self->stream_.close();
     });
   }
 
@@ -110,11 +114,21 @@ class Connection final : public HttpConnection, public std::enable_shared_from_t
   awaitable<Next> refuse(int status, std::string message, HttpRequest& request);
   awaitable<Next> answer(HttpRequest& request);
   awaitable<bool> pump(HttpTask& task, HttpRequest& request, Waker& waker);
+  awaitable<bool> pump_answer(HttpTask& task, HttpRequest& request, Waker& waker);
   awaitable<bool> pump_stream(HttpTask& task, Waker& waker);
   awaitable<void> client_gone();
+  awaitable<void> socket_gone();
+  void answered() { outcome_.end = HttpEnd::kAnswered; }
   awaitable<bool> send(HttpReply reply, HttpRequest& request, bool streaming);
   awaitable<bool> write(std::string_view bytes);
   awaitable<void> linger();
+  void cut_by(const std::exception& exception) {
+    spdlog::error("http: a request was ended by an exception: {}", exception.what());
+    cut_ = true;
+  }
+  void set_end() {
+    if (cut_ && outcome_.end != HttpEnd::kAnswered) outcome_.end = HttpEnd::kCut;
+  }
   bool keep_alive() const { return keep_alive_ && !shared_.closing.load(std::memory_order_relaxed); }
 
   beast::tcp_stream stream_;
@@ -125,6 +139,7 @@ class Connection final : public HttpConnection, public std::enable_shared_from_t
   bool busy_ = false;
   bool keep_alive_ = false;  // of the request under way
   bool http_1_0_ = false;
+  bool cut_ = false;  // the server gave the connection up
   HttpOutcome outcome_;
 };
 
@@ -174,13 +189,26 @@ HttpRequest head_of(const Parser& parser) {
   return request;
 }
 
+// The parser takes any other coding for no body: what is one would be read as the next request.
+bool has_known_framing(const HttpRequest& request) {
+  return std::all_of(request.headers.begin(), request.headers.end(), [](const auto& header) {
+    return header.first != "transfer-encoding" || lower_case(header.second) == "chunked";
+  });
+}
+
 awaitable<Connection::Next> Connection::serve_one() {
   if (!co_await wait_for_request()) co_return Next::kClose;
   busy_ = true;
   outcome_ = HttpOutcome();
   const int64_t begin_us = now_us();
   HttpRequest request;
-  const Next next = co_await exchange(request);
+  Next next = Next::kClose;
+  try {
+    next = co_await exchange(request);
+  } catch (const std::exception& exception) {
+    cut_by(exception);
+  }
+  set_end();
   outcome_.us = now_us() - begin_us;
   if (outcome_.status != 0 || !request.method.empty()) shared_.handler->finished(request, outcome_);
   co_return next;
@@ -189,13 +217,6 @@ awaitable<Connection::Next> Connection::serve_one() {
 awaitable<Connection::Next> Connection::exchange(HttpRequest& request) {
   Parser parser;
   if (const Next next = co_await read_head(parser, request); next != Next::kRequest) co_return next;
-// The parser takes any other coding for no body: what is one would be read as the next request.
-bool has_known_framing(const HttpRequest& request) {
-  return std::all_of(request.headers.begin(), request.headers.end(), [](const auto& header) {
-    return header.first != "transfer-encoding" || lower_case(header.second) == "chunked";
-  });
-}
-
   if (std::optional<HttpReply> refusal = shared_.handler->admit(request)) {
     const bool unread = parser.chunked() || parser.content_length().value_or(0) > 0;
     if (unread) keep_alive_ = false;
@@ -229,6 +250,9 @@ awaitable<Connection::Next> Connection::read_head(Parser& parser, HttpRequest& r
     co_return co_await refuse(431, "the request's headers are larger than header_bytes_max", request);
   }
   if (error) co_return co_await refuse(400, "not an HTTP/1.1 request: " + error.message(), request);
+  if (!has_known_framing(request)) {
+    co_return co_await refuse(400, "Transfer-Encoding must be chunked, and that alone", request);
+  }
   keep_alive_ = parser.keep_alive();
   http_1_0_ = parser.get().version() < 11;
   co_return Next::kRequest;
@@ -250,9 +274,6 @@ awaitable<error_code> Connection::receive_some(Parser& parser) {
       co_return make_error_code(parser.got_some() ? http::error::partial_message : http::error::end_of_stream);
     }
     if (failed) co_return failed;
-  if (!has_known_framing(request)) {
-    co_return co_await refuse(400, "Transfer-Encoding must be chunked, and that alone", request);
-  }
     buffer_.commit(count);
   }
 }
@@ -336,13 +357,24 @@ awaitable<Connection::Next> Connection::answer(HttpRequest& request) {
   body_share_.release();
   auto outcome = co_await (pump(*task, request, *waker) || client_gone());
   const bool complete = outcome.index() == 0 && std::get<0>(outcome);
-  outcome_.notes = task->notes();
+  set_end();
+  outcome_.notes = task->notes(outcome_.end);
   task.reset();
   co_return complete&& keep_alive() ? Next::kRequest : Next::kClose;
 }
 
+// An exception must not get out: operator|| would go on waiting for the client to leave.
 awaitable<bool> Connection::pump(HttpTask& task, HttpRequest& request, Waker& waker) {
   co_await asio::this_coro::throw_if_cancelled(false);
+  try {
+    co_return co_await pump_answer(task, request, waker);
+  } catch (const std::exception& exception) {
+    cut_by(exception);
+    co_return false;
+  }
+}
+
+awaitable<bool> Connection::pump_answer(HttpTask& task, HttpRequest& request, Waker& waker) {
   std::optional<HttpReply> reply = task.reply();
   while (!reply) {
     co_await waker.wait(std::chrono::hours(1));
@@ -352,11 +384,14 @@ awaitable<bool> Connection::pump(HttpTask& task, HttpRequest& request, Waker& wa
   const bool streaming = task.streaming();
   if (!co_await send(std::move(*reply), request, streaming)) co_return false;
   if (!streaming) co_return true;  // GCC 12 miscompiles a co_await behind ||
+  if (co_await is_cancelled()) co_return false;
   co_return co_await pump_stream(task, waker);
 }
 
 awaitable<bool> Connection::pump_stream(HttpTask& task, Waker& waker) {
   const bool chunked = !http_1_0_;
+  const auto silence = seconds(shared_.options.ping_seconds);
+  auto ping_at = Clock::now() + silence;
   std::string piece;
   for (bool more = true; more;) {
     piece.clear();
@@ -365,18 +400,23 @@ awaitable<bool> Connection::pump_stream(HttpTask& task, Waker& waker) {
       if (co_await is_cancelled()) co_return false;
       const bool woken = co_await waker.wait(ping_at - Clock::now());
       if (co_await is_cancelled()) co_return false;
+      if (woken && Clock::now() < ping_at) continue;  // it may have been woken for text that is held
       piece = task.ping();
       ping_at = Clock::now() + silence;
     }
     if (piece.empty()) continue;
     if (chunked) piece = chunk_of(piece);
     if (!co_await write(piece)) co_return false;
+    if (!more) break;
+    if (co_await is_cancelled()) co_return false;
+    ping_at = Clock::now() + silence;
   }
-  if (!chunked) {
-    keep_alive_ = false;
-    co_return true;
+  if (!chunked || task.failed()) keep_alive_ = false;
+  if (chunked) {
+    if (!co_await write("0\r\n\r\n")) co_return false;
   }
-  co_return co_await write("0\r\n\r\n");
+  answered();
+  co_return true;
 }
 
 // Ends when the client closed or reset, or the answer is out. Bytes of a pipelined request are kept for it.
@@ -390,8 +430,6 @@ awaitable<void> Connection::client_gone() {
     // The answer's end cancels a wait, but not one that the next request has just ended.
     if (co_await is_cancelled()) co_return;
     const auto space = buffer_.prepare(4096);
-  const auto silence = seconds(shared_.options.ping_seconds);
-  auto ping_at = Clock::now() + silence;
     const ssize_t count = ::recv(socket.native_handle(), space.data(), space.size(), MSG_DONTWAIT);
     if (count == 0) co_return;
     if (count > 0) {
@@ -400,16 +438,24 @@ awaitable<void> Connection::client_gone() {
       co_return;
     }
   }
-      if (woken && Clock::now() < ping_at) continue;  // it may have been woken for text that is held
-  if (co_await is_cancelled()) co_return;
-  asio::steady_timer forever(co_await asio::this_coro::executor, Clock::time_point::max());
-  co_await forever.async_wait(kTuple);
+  co_await socket_gone();
+}
+
+// The same for a connection that has sent so much ahead that no more is read: the end of what it sends stays behind
+// that, but the socket knows of it.
+awaitable<void> Connection::socket_gone() {
+  tcp::socket& socket = stream_.socket();
+  asio::steady_timer pause(co_await asio::this_coro::executor);
+  while (socket.is_open()) {
+    if (co_await is_cancelled()) co_return;
+    pollfd standing{socket.native_handle(), POLLRDHUP, 0};
+    if (::poll(&standing, 1, 0) > 0) co_return;
+    pause.expires_after(kStandingTime);
+    co_await pause.async_wait(kTuple);
+  }
 }
 
 awaitable<bool> Connection::send(HttpReply reply, HttpRequest& request, bool streaming) {
-    if (!more) break;
-    if (co_await is_cancelled()) co_return false;
-    ping_at = Clock::now() + silence;
   shared_.handler->finish_reply(request, reply);
   outcome_.status = reply.status;
   if (streaming && http_1_0_) keep_alive_ = false;
@@ -419,18 +465,23 @@ awaitable<bool> Connection::send(HttpReply reply, HttpRequest& request, bool str
                         .http_1_0 = http_1_0_,
                         .head_only = request.method == "HEAD"};
   const std::string bytes = reply_bytes(reply, framing, std::time(nullptr));
-  co_return co_await write(bytes);
+  if (!co_await write(bytes)) co_return false;
+  if (!streaming) answered();
+  co_return true;
 }
 
+// True when all is written, even if the client left at once: its last bytes and its end may be seen in either order.
 awaitable<bool> Connection::write(std::string_view bytes) {
   while (!bytes.empty()) {
     const size_t count = std::min(bytes.size(), kWriteBytes);
     stream_.expires_after(seconds(shared_.options.write_seconds));
     const auto [error, written] = co_await asio::async_write(stream_, asio::buffer(bytes.data(), count), kTuple);
     stream_.expires_never();
+    if (error == beast::error::timeout) cut_ = true;
     if (error) co_return false;
-    if (co_await is_cancelled()) co_return false;
     bytes.remove_prefix(count);
+    if (bytes.empty()) co_return true;
+    if (co_await is_cancelled()) co_return false;
   }
   co_return true;
 }

@@ -9,6 +9,7 @@
 #include <thread>
 #include <utility>
 
+#include "server/host_name.h"
 #include "server/http_connection.h"
 
 namespace moed {
@@ -55,10 +56,10 @@ struct HttpServer::State {
 
 Status HttpServer::State::listen() {
   const HttpServerOptions& options = shared.options;
-  const std::string where = options.host + ":" + std::to_string(options.port);
+  const std::string where = host_and_port(options.host, options.port);
   error_code error;
   tcp::resolver resolver(*context);
-  const std::string host = options.host == "localhost" ? "127.0.0.1" : options.host;
+  const std::string host = options.host == "localhost" ? "127.0.0.1" : without_brackets(options.host);
   const auto found = resolver.resolve(host, std::to_string(options.port), tcp::resolver::passive, error);
   if (error || found.empty()) {
     return Status(StatusCode::kUnavailable, "cannot listen on " + where + ": " + error.message(), "host");
@@ -76,8 +77,7 @@ Status HttpServer::State::listen() {
   }
   for (const auto& acceptor : acceptors) {
     const tcp::endpoint endpoint = acceptor->local_endpoint();
-    const std::string address = endpoint.address().to_string();
-    addresses.push_back((endpoint.address().is_v6() ? "[" + address + "]" : address) + ":" + std::to_string(port));
+    addresses.push_back(host_and_port(endpoint.address().to_string(), port));
   }
   return Status();
 }

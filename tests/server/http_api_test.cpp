@@ -112,6 +112,11 @@ TEST_F(HttpApiTest, FailuresMidway) {
   EXPECT_EQ(status_of(reply), 200);
   EXPECT_NE(reply.find(R"(data: {"error":{"message":"the server is draining")"), std::string::npos);
   EXPECT_EQ(reply.find("[DONE]"), std::string::npos);
+  HttpSocket client(server_->port());
+  client.send("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: " +
+              std::to_string(stream_.size()) + "\r\n\r\n" + stream_);
+  EXPECT_TRUE(client.read_all(5).ends_with("\r\n0\r\n\r\n"));
+  EXPECT_TRUE(client.closed());
 }
 
 // The head goes out before the first token; comments keep proxies from giving the silence up.
