@@ -349,6 +349,7 @@ void HttpApi::finish_reply(HttpRequest& request, HttpReply& reply) {
   reply.headers.emplace_back("X-Request-Id", request.id);
   if (const std::string_view origin = request.header("origin"); allows_origin(origin)) {
     reply.headers.emplace_back("Access-Control-Allow-Origin", std::string(origin));
+    reply.headers.emplace_back("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
     reply.headers.emplace_back("Vary", "Origin");
   }
 }
@@ -374,9 +375,12 @@ void HttpApi::finished(const HttpRequest& request, const HttpOutcome& outcome) {
 HttpReply HttpApi::preflight(const HttpRequest& request) const {
   HttpReply reply{.status = 204};
   if (!allows_origin(request.header("origin"))) return reply;
-  reply.headers = {{"Access-Control-Allow-Methods", "GET, POST, OPTIONS"},
-                   {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
-                   {"Access-Control-Max-Age", "600"}};
+  // Clients in browsers send headers of their own (x-stainless-lang), which mean nothing here and harm nobody.
+  const std::string_view asked = request.header("access-control-request-headers");
+  reply.headers = {
+      {"Access-Control-Allow-Methods", "GET, POST, OPTIONS"},
+      {"Access-Control-Allow-Headers", is_header_names(asked) ? std::string(asked) : std::string(kHeadersTaken)},
+      {"Access-Control-Max-Age", "600"}};
   return reply;
 }
 

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "http_server_fixture.h"
+#include "server/http_wire.h"
 
 namespace moed {
 namespace {
@@ -127,6 +128,15 @@ TEST_F(HttpEndsTest, TheLogKnowsWhoEndedAnAnswer) {
   const std::string ended = handler_.ended();
   EXPECT_NE(ended.find("GET /silent 200 task=silent cut\n"), std::string::npos) << ended;
   EXPECT_NE(ended.find("GET /never 0 task=never cut\n"), std::string::npos) << ended;
+}
+
+TEST(HttpWire, HeaderNames) {
+  for (const char* const good : {"a", "content-type, x-stainless-lang", "A,b ,\tc", "x-a_b.c!"}) {
+    EXPECT_TRUE(is_header_names(good)) << good;
+  }
+  for (const char* const bad : {"", ",", "a,", ",a", "a b", "a:b", "a\r\nb", "a,,b", "a;b", "\"a\"", "a\xc3\xa9"}) {
+    EXPECT_FALSE(is_header_names(bad)) << bad;
+  }
 }
 
 }  // namespace
