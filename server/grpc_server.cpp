@@ -17,6 +17,7 @@
 #include <deque>
 #include <functional>
 #include <set>
+#include <thread>
 
 #include "base/clock.h"
 #include "base/log.h"
@@ -30,9 +31,10 @@ namespace moed {
 
 namespace {
 
-constexpr int kPumpThreads = 2;       // make messages of what generations have ready
-constexpr int kKeepaliveMs = 20'000;  // a dead client is seen after about two of these
-constexpr int kPortTries = 4;         // to find one that is free on both loopback addresses
+constexpr int kPumpThreads = 2;          // make messages of what generations have ready
+constexpr int kKeepaliveMs = 20'000;     // a dead client is seen after about two of these
+constexpr int64_t kCloseUs = 1'000'000;  // for connections to end once no call does
+constexpr int kPortTries = 4;            // to find one that is free on both loopback addresses
 
 // A client with keepalive pings through a long prefill. gRPC's own limit of one in five minutes would turn it away.
 constexpr int kPingsApartMs = 1'000;
@@ -45,6 +47,7 @@ struct Door {
   const double write_seconds;
   Pool pool{kPumpThreads};
   std::atomic<int64_t> cut_us{INT64_MAX};  // from then on a call that is cancelled is so by us
+  std::atomic<int64_t> num_calls{0};       // that generate, until the last of their answer is out
 };
 
 AnswerShape shape_of(const GenerationParams& params, const Service& service) {
@@ -117,6 +120,7 @@ class Call : public std::enable_shared_from_this<Call> {
 
   void start(Service& service, Asked asked) {
     self_ = shared_from_this();
+    ++door_->num_calls;
     line_.id = std::move(asked.id);
     if (!asked.params.ok()) return refuse(asked.params.status());
     if (const Status known = service.check_model(asked.params->model); !known.ok()) return refuse(known);
@@ -163,6 +167,7 @@ class Call : public std::enable_shared_from_this<Call> {
                                                   .completion_tokens = usage.completion_tokens,
                                                   .first_token_us = first_token_us_}));
       generation_.reset();
+      --door_->num_calls;
       self_.reset();
     });
   }
@@ -338,7 +343,7 @@ class InferenceService final : public RawInference {
                    const Settings::Limits& limits)
       : service_(service), limits_(limits), door_(new Door{.write_seconds = limits.write_seconds}) {}
   ~InferenceService() override { door_->pool.join(); }
-  void cut_from(int64_t time_us) { door_->cut_us = time_us; }
+  Door& door() { return *door_; }
 
  private:
   using Context = grpc::CallbackServerContext;
@@ -577,9 +582,13 @@ void GrpcServer::set_serving(bool serving) {
 }
 
 void GrpcServer::shutdown(double grace_seconds) {
-  const auto grace = std::chrono::microseconds(static_cast<int64_t>(grace_seconds * 1e6));
-  state_->inference.cut_from(now_us() + grace.count());
-  state_->server->Shutdown(std::chrono::system_clock::now() + grace);
+  // gRPC's own wait would be for those too who watch our health, and they stay to the end.
+  Door& door = state_->inference.door();
+  const int64_t end_us = now_us() + static_cast<int64_t>(grace_seconds * 1e6);
+  while (door.num_calls > 0 && now_us() < end_us) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const int64_t left_us = std::clamp<int64_t>(end_us - now_us(), 0, kCloseUs);
+  door.cut_us = now_us() + left_us;
+  state_->server->Shutdown(std::chrono::system_clock::now() + std::chrono::microseconds(left_us));
   state_->server->Wait();
 }
 

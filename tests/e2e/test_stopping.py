@@ -12,6 +12,7 @@ import grpc
 import pytest
 import requests
 from conftest import LOADING
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 # Some 10 MB in 14400 events: more than sockets hold, less than a door may leave unread.
 LARGE = {"prompt": "abc", "n": 16, "max_tokens": 900, "ignore_eos": True, "logprobs": 20, "stream": True}
@@ -166,6 +167,17 @@ def test_a_drain_waits_for_a_slow_reader_of_grpc(start_fake, moed_pb):
         assert list(answer)[-1].usage.completion_tokens == 14400
         assert daemon.process.wait(5) == 0
     assert says(daemon, "outcome=done")
+
+
+def test_a_drain_does_not_wait_for_who_watches_it(start_fake):
+    """A balancer that watches our health does so for as long as we are there."""
+    daemon = start_fake("--drain-seconds", "30")
+    with grpc.insecure_channel(daemon.grpc_target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        begin = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begin < 10
 
 
 def test_a_reader_that_outlasts_the_drain_is_cut(start_fake, moed_pb):
