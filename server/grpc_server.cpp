@@ -6,47 +6,49 @@
 #include <grpcpp/resource_quota.h>
 
 #include <algorithm>
+#include <atomic>
 #include <boost/asio/io_context.hpp>
 #include <boost/asio/ip/tcp.hpp>
 #include <boost/asio/post.hpp>
+#include <boost/asio/steady_timer.hpp>
 #include <boost/asio/strand.hpp>
 #include <boost/asio/thread_pool.hpp>
 #include <chrono>
 #include <deque>
 #include <functional>
-#include <random>
 #include <set>
+#include <thread>
 
 #include "base/clock.h"
 #include "base/log.h"
 #include "moed.grpc.pb.h"
 #include "server/grpc_convert.h"
+#include "server/host_name.h"
+#include "server/request_id.h"
 #include "server/request_log.h"
 
 namespace moed {
 
 namespace {
 
-constexpr int kPumpThreads = 2;       // make messages of what generations have ready
-constexpr int kKeepaliveMs = 20'000;  // a dead client is seen after about two of these
-constexpr int kPortTries = 4;         // to find one that is free on both loopback addresses
+constexpr int kPumpThreads = 2;          // make messages of what generations have ready
+constexpr int kKeepaliveMs = 20'000;     // a dead client is seen after about two of these
+constexpr int64_t kCloseUs = 1'000'000;  // for connections to end once no call does
+constexpr int kPortTries = 4;            // to find one that is free on both loopback addresses
+
+// A client with keepalive pings through a long prefill. gRPC's own limit of one in five minutes would turn it away.
+constexpr int kPingsApartMs = 1'000;
 
 using Pool = boost::asio::thread_pool;
 using Strand = boost::asio::strand<Pool::executor_type>;
 
-std::string fresh_id() {
-  thread_local std::mt19937_64 random{std::random_device{}()};
-  return fmt::format("{:016x}{:016x}", random(), random());
-}
-
-// The client's own, if it may stand in a log line.
-std::string request_id(const std::string& given, int64_t bytes_max) {
-  const bool good = !given.empty() && static_cast<int64_t>(given.size()) <= bytes_max &&
-                    std::all_of(given.begin(), given.end(), [](char c) {
-                      return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '.' || c == '_' || c == '-';
-                    });
-  return good ? given : fresh_id();
-}
+// What calls share with the door.
+struct Door {
+  const double write_seconds;
+  Pool pool{kPumpThreads};
+  std::atomic<int64_t> cut_us{INT64_MAX};  // from then on a call that is cancelled is so by us
+  std::atomic<int64_t> num_calls{0};       // that generate, until the last of their answer is out
+};
 
 AnswerShape shape_of(const GenerationParams& params, const Service& service) {
   AnswerShape shape;
@@ -109,12 +111,16 @@ struct Asked {
 // itself until OnDone, and all else that reaches it holds a share. Its state belongs to its strand.
 class Call : public std::enable_shared_from_this<Call> {
  public:
-  Call(std::shared_ptr<Pool> pool, const char* method, bool streams)
-      : pool_(std::move(pool)), strand_(boost::asio::make_strand(*pool_)), line_{.method = method}, streams_(streams) {}
+  Call(std::shared_ptr<Door> door, const char* method, bool streams)
+      : door_(std::move(door)),
+        strand_(boost::asio::make_strand(door_->pool)),
+        line_{.method = method},
+        streams_(streams) {}
   virtual ~Call() = default;
 
   void start(Service& service, Asked asked) {
     self_ = shared_from_this();
+    ++door_->num_calls;
     line_.id = std::move(asked.id);
     if (!asked.params.ok()) return refuse(asked.params.status());
     if (const Status known = service.check_model(asked.params->model); !known.ok()) return refuse(known);
@@ -134,11 +140,21 @@ class Call : public std::enable_shared_from_this<Call> {
   void post(std::function<void()> work) {
     boost::asio::post(strand_, [self = shared_from_this(), work = std::move(work)] { work(); });
   }
+  // The rest of the answer does not reach the client.
   void cancel() {
-    post([this] {
-      if (generation_) generation_->cancel();
-      stop(grpc::Status(grpc::StatusCode::CANCELLED, "the call was cancelled"));
-    });
+    post([this] { lose(); });
+  }
+  // On the strand, as all below.
+  void lose() { give_up(now_us() < door_->cut_us ? Outcome::kLeft : Outcome::kCut); }
+  // Who was first counts, and what was refused or failed stays so.
+  void give_up(Outcome outcome) {
+    if (generation_) generation_->cancel();
+    if (!ended_ || outcome_ == Outcome::kDone) {
+      outcome_ = outcome;
+      ended_ = true;
+      status_ = grpc::Status(grpc::StatusCode::CANCELLED, "the call was cancelled");
+    }
+    advance();
   }
   void done() {
     post([this] {
@@ -151,14 +167,9 @@ class Call : public std::enable_shared_from_this<Call> {
                                                   .completion_tokens = usage.completion_tokens,
                                                   .first_token_us = first_token_us_}));
       generation_.reset();
+      --door_->num_calls;
       self_.reset();
     });
-  }
-  void stop(grpc::Status status) {
-    if (ended_) return;
-    ended_ = true;
-    status_ = std::move(status);
-    advance();
   }
   // What is new of the generation; its end becomes the call's.
   Generation::Update poll() {
@@ -167,10 +178,10 @@ class Call : public std::enable_shared_from_this<Call> {
       first_token_us_ = std::max<int64_t>(1, now_us() - line_.begin_us);
     }
     if (update.phase == Generation::Phase::kDone) {
-      outcome_ = "done";
+      outcome_ = Outcome::kDone;
       ended_ = true;
     } else if (update.phase == Generation::Phase::kRefused || update.phase == Generation::Phase::kFailed) {
-      outcome_ = update.phase == Generation::Phase::kRefused ? "refused" : "failed";
+      outcome_ = update.phase == Generation::Phase::kRefused ? Outcome::kRefused : Outcome::kFailed;
       refused_field_ = update.status.param();
       status_ = to_grpc(update.status);
       ended_ = true;
@@ -179,7 +190,7 @@ class Call : public std::enable_shared_from_this<Call> {
   }
   virtual void advance() = 0;
 
-  const std::shared_ptr<Pool> pool_;
+  const std::shared_ptr<Door> door_;
   Strand strand_;
   AnswerShape shape_;
   std::shared_ptr<Generation> generation_;
@@ -188,15 +199,20 @@ class Call : public std::enable_shared_from_this<Call> {
 
  private:
   void refuse(const Status& status) {
-    outcome_ = "refused";
-    refused_field_ = status.param();
-    post([this, answer = to_grpc(status)] { stop(answer); });
+    post([this, status] {
+      if (ended_) return;
+      outcome_ = Outcome::kRefused;
+      refused_field_ = status.param();
+      status_ = to_grpc(status);
+      ended_ = true;
+      advance();
+    });
   }
 
   std::shared_ptr<Call> self_;
   CallLine line_;
   const bool streams_;
-  const char* outcome_ = GenerationNotes().outcome;
+  Outcome outcome_ = Outcome::kLeft;
   std::string refused_field_;
   int64_t first_token_us_ = 0;
 };
@@ -204,16 +220,15 @@ class Call : public std::enable_shared_from_this<Call> {
 template <class Chunk>
 class StreamCall final : public Call, public grpc::ServerWriteReactor<grpc::ByteBuffer> {
  public:
-  StreamCall(std::shared_ptr<Pool> pool, const char* method) : Call(std::move(pool), method, true) {}
+  StreamCall(std::shared_ptr<Door> door, const char* method, grpc::CallbackServerContext* context)
+      : Call(std::move(door), method, true), context_(context), write_timer_(strand_) {}
 
  private:
   void OnWriteDone(bool ok) override {
     post([this, ok] {
       writing_ = false;
-      if (!ok) {
-        if (generation_) generation_->cancel();
-        stop(grpc::Status(grpc::StatusCode::CANCELLED, "the client is gone"));
-      }
+      write_timer_.cancel();
+      if (!ok) return lose();
       advance();
     });
   }
@@ -228,6 +243,7 @@ class StreamCall final : public Call, public grpc::ServerWriteReactor<grpc::Byte
       current_ = std::move(ready_.front());
       ready_.pop_front();
       writing_ = true;
+      expect_write();
       StartWrite(&current_);
     } else if (ended_) {
       finished_ = true;
@@ -235,6 +251,15 @@ class StreamCall final : public Call, public grpc::ServerWriteReactor<grpc::Byte
     }
   }
 
+  // gRPC itself would wait for ever for a client that takes nothing.
+  void expect_write() {
+    write_timer_.expires_after(std::chrono::microseconds(static_cast<int64_t>(door_->write_seconds * 1e6)));
+    write_timer_.async_wait([self = shared_from_this(), this, number = ++num_writes_](boost::system::error_code error) {
+      if (error || !writing_ || number != num_writes_) return;
+      give_up(Outcome::kCut);
+      context_->TryCancel();  // it lives: the call ends after this write
+    });
+  }
   void take(const Generation::Update& update) {
     for (const Delta& delta : update.deltas) {
       Chunk chunk;
@@ -250,6 +275,9 @@ class StreamCall final : public Call, public grpc::ServerWriteReactor<grpc::Byte
     MOED_CHECK(made.ok()) << made.error_message();  // a piece of 2 GB
   }
 
+  grpc::CallbackServerContext* const context_;
+  boost::asio::steady_timer write_timer_;
+  int64_t num_writes_ = 0;
   std::deque<grpc::ByteBuffer> ready_;
   grpc::ByteBuffer current_;
   std::set<int32_t> begun_;
@@ -259,8 +287,8 @@ class StreamCall final : public Call, public grpc::ServerWriteReactor<grpc::Byte
 
 class ChatCall final : public Call, public grpc::ServerUnaryReactor {
  public:
-  ChatCall(std::shared_ptr<Pool> pool, const char* method, grpc::ByteBuffer* bytes)
-      : Call(std::move(pool), method, false), bytes_(bytes) {}
+  ChatCall(std::shared_ptr<Door> door, const char* method, grpc::ByteBuffer* bytes)
+      : Call(std::move(door), method, false), bytes_(bytes) {}
 
  private:
   void OnCancel() override { cancel(); }
@@ -313,29 +341,30 @@ class InferenceService final : public RawInference {
  public:
   InferenceService(moed::Service& service,  // the base has a Service of its own
                    const Settings::Limits& limits)
-      : service_(service), limits_(limits), pool_(std::make_shared<Pool>(kPumpThreads)) {}
-  ~InferenceService() override { pool_->join(); }
+      : service_(service), limits_(limits), door_(new Door{.write_seconds = limits.write_seconds}) {}
+  ~InferenceService() override { door_->pool.join(); }
+  Door& door() { return *door_; }
 
  private:
   using Context = grpc::CallbackServerContext;
   using Bytes = grpc::ByteBuffer;
 
   grpc::ServerUnaryReactor* ChatCompletion(Context* context, const Bytes* request, Bytes* response) override {
-    const auto call = std::make_shared<ChatCall>(pool_, "ChatCompletion", response);
+    const auto call = std::make_shared<ChatCall>(door_, "ChatCompletion", response);
     call->start(service_, ask<v1::ChatCompletionRequest>(*context, *request, [&](const auto& message) {
                   return to_params(message, limits_.json_depth_max);
                 }));
     return call.get();
   }
   grpc::ServerWriteReactor<Bytes>* StreamChatCompletion(Context* context, const Bytes* request) override {
-    const auto call = std::make_shared<StreamCall<v1::ChatCompletionChunk>>(pool_, "StreamChatCompletion");
+    const auto call = std::make_shared<StreamCall<v1::ChatCompletionChunk>>(door_, "StreamChatCompletion", context);
     call->start(service_, ask<v1::ChatCompletionRequest>(*context, *request, [&](const auto& message) {
                   return to_params(message, limits_.json_depth_max);
                 }));
     return call.get();
   }
   grpc::ServerWriteReactor<Bytes>* Generate(Context* context, const Bytes* request) override {
-    const auto call = std::make_shared<StreamCall<v1::GenerateChunk>>(pool_, "Generate");
+    const auto call = std::make_shared<StreamCall<v1::GenerateChunk>>(door_, "Generate", context);
     call->start(service_,
                 ask<v1::GenerateRequest>(*context, *request, [](const auto& message) { return to_params(message); }));
     return call.get();
@@ -343,7 +372,7 @@ class InferenceService final : public RawInference {
 
   grpc::ServerUnaryReactor* Tokenize(Context* context, const Bytes* request, Bytes* response) override {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    const CallLine line{.method = "Tokenize", .id = fresh_id()};
+    const CallLine line{.method = "Tokenize", .id = fresh_request_id()};
     auto params =
         admit<v1::TokenizeRequest>(*context, *request, [](const auto& message) { return to_params(message); });
     if (!params.ok()) return finish(reactor, line, params.status());
@@ -359,7 +388,7 @@ class InferenceService final : public RawInference {
   }
   grpc::ServerUnaryReactor* Detokenize(Context* context, const Bytes* request, Bytes* response) override {
     grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
-    const CallLine line{.method = "Detokenize", .id = fresh_id()};
+    const CallLine line{.method = "Detokenize", .id = fresh_request_id()};
     const auto asked = admit<v1::DetokenizeRequest>(
         *context, *request, [](const auto& message) { return StatusOr<v1::DetokenizeRequest>(message); });
     if (!asked.ok()) return finish(reactor, line, asked.status());
@@ -374,7 +403,7 @@ class InferenceService final : public RawInference {
   }
 
   grpc::ServerUnaryReactor* GetModelInfo(Context* context, const Bytes* request, Bytes* response) override {
-    const CallLine line{.method = "GetModelInfo", .id = fresh_id()};
+    const CallLine line{.method = "GetModelInfo", .id = fresh_request_id()};
     return answer<v1::GetModelInfoRequest>(*context, line, *request, *response, [&] {
       v1::GetModelInfoResponse message;
       const ModelInfo model = service_.model();
@@ -386,7 +415,7 @@ class InferenceService final : public RawInference {
     });
   }
   grpc::ServerUnaryReactor* GetServerInfo(Context* context, const Bytes* request, Bytes* response) override {
-    const CallLine line{.method = "GetServerInfo", .id = fresh_id()};
+    const CallLine line{.method = "GetServerInfo", .id = fresh_request_id()};
     return answer<v1::GetServerInfoRequest>(*context, line, *request, *response, [&] {
       v1::GetServerInfoResponse message;
       message.set_state(state_name(service_.health().state));
@@ -395,7 +424,7 @@ class InferenceService final : public RawInference {
     });
   }
   grpc::ServerUnaryReactor* GetLoads(Context* context, const Bytes* request, Bytes* response) override {
-    const CallLine line{.method = "GetLoads", .id = fresh_id(), .probed = true};
+    const CallLine line{.method = "GetLoads", .id = fresh_request_id(), .probed = true};
     return answer<v1::GetLoadsRequest>(*context, line, *request, *response, [&] {
       v1::GetLoadsResponse message;
       const Loads loads = service_.loads();
@@ -430,14 +459,15 @@ class InferenceService final : public RawInference {
       id = message.request_id();
       return convert(message);
     });
-    id = request_id(id, limits_.request_id_bytes_max);
+    id = request_id_or_fresh(id, limits_.request_id_bytes_max);
     if (params.ok()) params->request_id = id;
     return {std::move(id), std::move(params)};
   }
 
   static grpc::ServerUnaryReactor* finish(grpc::ServerUnaryReactor* reactor, const CallLine& line,
                                           const Status& status) {
-    line.write(to_grpc(status).error_code(), status.ok() ? "" : refusal_notes(status.param()));
+    const bool left = status.code() == StatusCode::kCancelled;
+    line.write(to_grpc(status).error_code(), left ? " outcome=left" : refusal_notes(status.param()));
     reactor->Finish(to_grpc(status));
     return reactor;
   }
@@ -460,7 +490,7 @@ class InferenceService final : public RawInference {
 
   moed::Service& service_;
   const Settings::Limits limits_;
-  const std::shared_ptr<Pool> pool_;
+  const std::shared_ptr<Door> door_;
 };
 
 }  // namespace
@@ -489,15 +519,14 @@ bool GrpcServer::State::listen(const Settings::Limits& limits, const std::string
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, static_cast<int>(limits.grpc_calls_max));
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveMs);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, kPingsApartMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, static_cast<int>(limits.idle_seconds * 1e3));
   server = builder.BuildAndStart();
   return server != nullptr && port != 0;
 }
 
 namespace {
-
-std::string address_of(const std::string& host, int port) {
-  return (host.find(':') == std::string::npos ? host : "[" + host + "]") + ":" + std::to_string(port);
-}
 
 // Whether ::1 may be listened on at `port`; 0 is replaced by a port that is free on both loopback addresses, so that
 // both get the same. Another process may take it in between: then the listener says so.
@@ -525,20 +554,20 @@ bool claim_loopback_v6(int& port) {
 StatusOr<std::unique_ptr<GrpcServer>> GrpcServer::start(const Settings& settings, Service& service) {
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  const std::string host = settings.server.host == "localhost" ? "127.0.0.1" : settings.server.host;
+  const std::string host = settings.server.host == "localhost" ? "127.0.0.1" : without_brackets(settings.server.host);
   const int wanted = static_cast<int>(settings.server.grpc_port);
   for (int tried = 0; tried < (wanted == 0 ? kPortTries : 1); ++tried) {
     auto state = std::make_unique<State>(service, settings);
     // Clients that say "localhost" may try ::1 first, as on the HTTP door.
     int port = wanted;
     const bool also_v6 = host == "127.0.0.1" && claim_loopback_v6(port);
-    if (!state->listen(settings.limits, address_of(host, port), also_v6 ? address_of("::1", port) : "")) continue;
+    if (!state->listen(settings.limits, host_and_port(host, port), also_v6 ? host_and_port("::1", port) : "")) continue;
     std::unique_ptr<GrpcServer> server(new GrpcServer(std::move(state)));
     server->set_serving(false);
     return server;
   }
   return Status(StatusCode::kUnavailable,
-                "cannot listen on " + address_of(host, wanted) + " for gRPC: is the port in use?", "grpc_port");
+                "cannot listen on " + host_and_port(host, wanted) + " for gRPC: is the port in use?", "grpc_port");
 }
 
 GrpcServer::GrpcServer(std::unique_ptr<State> state) : state_(std::move(state)) {}
@@ -553,8 +582,13 @@ void GrpcServer::set_serving(bool serving) {
 }
 
 void GrpcServer::shutdown(double grace_seconds) {
-  const auto grace = std::chrono::microseconds(static_cast<int64_t>(grace_seconds * 1e6));
-  state_->server->Shutdown(std::chrono::system_clock::now() + grace);
+  // gRPC's own wait would be for those too who watch our health, and they stay to the end.
+  Door& door = state_->inference.door();
+  const int64_t end_us = now_us() + static_cast<int64_t>(grace_seconds * 1e6);
+  while (door.num_calls > 0 && now_us() < end_us) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  const int64_t left_us = std::clamp<int64_t>(end_us - now_us(), 0, kCloseUs);
+  door.cut_us = now_us() + left_us;
+  state_->server->Shutdown(std::chrono::system_clock::now() + std::chrono::microseconds(left_us));
   state_->server->Wait();
 }
 

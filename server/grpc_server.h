@@ -23,7 +23,7 @@ class GrpcServer {
   int port() const;
   // What grpc.health.v1 tells, for "" and "moed.v1.Inference".
   void set_serving(bool serving);
-  // Takes no new calls, lets those under way end for so long, then cancels them. Idempotent; one thread.
+  // Lets calls that generate end for so long, then takes no new ones and cancels what is left. Idempotent; one thread.
   void shutdown(double grace_seconds);
 
  private:

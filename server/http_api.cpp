@@ -4,13 +4,13 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <random>
 
 #include "base/clock.h"
 #include "base/log.h"
 #include "server/http_wire.h"
 #include "server/openai.h"
 #include "server/openai_answer.h"
+#include "server/request_id.h"
 #include "server/request_log.h"
 
 namespace moed {
@@ -19,7 +19,8 @@ namespace {
 
 constexpr size_t kUnknownFieldsMax = 256;  // names remembered, and so log lines
 constexpr std::string_view kModelPrefix = "/v1/models/";
-constexpr int kClientLeft = 499;  // in the log alone, as nginx has it
+constexpr std::string_view kHeadersTaken = "Authorization, Content-Type, X-Request-Id";  // from other origins
+constexpr const char* kClientLeft = "499";  // in the log alone, as nginx has it
 
 struct Route {
   std::string_view path;
@@ -69,11 +70,9 @@ bool is_json(std::string_view content_type) {
   return type == "application/json";
 }
 
-bool is_request_id(std::string_view id, int64_t bytes_max) {
-  return !id.empty() && static_cast<int64_t>(id.size()) <= bytes_max && std::all_of(id.begin(), id.end(), [](char c) {
-    return (c >= 'A' && c <= 'Z') || (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '_' ||
-           c == '-';
-  });
+Outcome outcome_of(HttpEnd end) {
+  if (end == HttpEnd::kAnswered) return Outcome::kDone;
+  return end == HttpEnd::kLeft ? Outcome::kLeft : Outcome::kCut;
 }
 
 // An answer that was ready at once.
@@ -81,7 +80,7 @@ class ReadyTask : public HttpTask {
  public:
   ReadyTask(HttpReply reply, std::string notes) : reply_(std::move(reply)), notes_(std::move(notes)) {}
   std::optional<HttpReply> reply() override { return std::move(reply_); }
-  std::string notes() const override { return notes_; }
+  std::string notes(HttpEnd) const override { return notes_; }
 
  private:
   HttpReply reply_;
@@ -123,7 +122,7 @@ class CalledTask : public HttpTask {
     const std::lock_guard lock(result_->mutex);
     return std::move(result_->reply);
   }
-  std::string notes() const override {
+  std::string notes(HttpEnd) const override {
     const std::lock_guard lock(result_->mutex);
     return result_->notes;
   }
@@ -154,7 +153,8 @@ class GenerationTask : public HttpTask {
   std::string_view ping() const override { return ": ping\n\n"; }
   std::optional<HttpReply> reply() override;
   bool read(std::string& out) override;
-  std::string notes() const override;
+  bool failed() const override { return fault_ == Outcome::kFailed; }
+  std::string notes(HttpEnd end) const override;
 
  private:
   Generation::Update poll();
@@ -166,15 +166,16 @@ class GenerationTask : public HttpTask {
   Generation::Update held_;  // stream: came with the news that the head may go out
   bool has_held_ = false;
   int status_code_ = 200;
-  const char* outcome_ = GenerationNotes().outcome;
+  std::optional<Outcome> fault_;  // kRefused or kFailed
   std::string refused_field_;
   const int64_t begin_us_ = now_us();
   int64_t first_token_us_ = 0;
 };
 
-std::string GenerationTask::notes() const {
+// What was refused or failed, was so whoever hung up then; what was generated is done when it was taken, too.
+std::string GenerationTask::notes(HttpEnd end) const {
   const Usage usage = generation_->usage();
-  return notes_of({.outcome = outcome_,
+  return notes_of({.outcome = fault_.value_or(outcome_of(end)),
                    .field = refused_field_,
                    .stream = call_.stream,
                    .prompt_tokens = usage.prompt_tokens,
@@ -193,7 +194,7 @@ std::optional<HttpReply> GenerationTask::reply() {
   Generation::Update update = poll();
   if (update.phase == Generation::Phase::kPreparing) return std::nullopt;
   if (update.phase == Generation::Phase::kRefused || (!call_.stream && update.phase == Generation::Phase::kFailed)) {
-    outcome_ = update.phase == Generation::Phase::kRefused ? "refused" : "failed";
+    fault_ = update.phase == Generation::Phase::kRefused ? Outcome::kRefused : Outcome::kFailed;
     refused_field_ = update.status.param();
     HttpReply reply = error_reply(update.status);
     status_code_ = reply.status;
@@ -208,7 +209,6 @@ std::optional<HttpReply> GenerationTask::reply() {
   }
   for (const Delta& delta : update.deltas) plain_.add(delta);
   if (update.phase != Generation::Phase::kDone) return std::nullopt;
-  outcome_ = "done";
   return HttpReply{.body = plain_.json(generation_->usage(), generation_->num_choices())};
 }
 
@@ -218,12 +218,11 @@ bool GenerationTask::read(std::string& out) {
   const Usage usage = generation_->usage();
   for (const Delta& delta : update.deltas) stream_.add(delta, usage, out);
   if (update.phase == Generation::Phase::kDone) {
-    outcome_ = "done";
     stream_.end(usage, out);
     return false;
   }
   if (update.phase == Generation::Phase::kFailed || update.phase == Generation::Phase::kRefused) {
-    outcome_ = "failed";
+    fault_ = Outcome::kFailed;
     out += "data: " + error_json(update.status) + "\n\n";
     return false;
   }
@@ -239,8 +238,7 @@ HttpApi::HttpApi(Service& service, const Settings& settings)
       cors_origin_(settings.server.cors_origin) {}
 
 std::optional<HttpReply> HttpApi::admit(HttpRequest& request) {
-  const std::string_view given = request.header("x-request-id");
-  request.id = is_request_id(given, request_id_bytes_max_) ? std::string(given) : fresh_id();
+  request.id = request_id_or_fresh(request.header("x-request-id"), request_id_bytes_max_);
   const Route* const route = find_route(request.path);
   if (route == nullptr) return error_reply(404, "there is no such path");
   if (request.method == "OPTIONS" && !cors_origin_.empty()) return preflight(request);
@@ -347,10 +345,11 @@ HttpReply HttpApi::get_health(const std::string& path) const {
 HttpReply HttpApi::refuse(int status, const std::string& message) { return error_reply(status, message); }
 
 void HttpApi::finish_reply(HttpRequest& request, HttpReply& reply) {
-  if (request.id.empty()) request.id = fresh_id();  // refused before admit()
+  if (request.id.empty()) request.id = fresh_request_id();  // refused before admit()
   reply.headers.emplace_back("X-Request-Id", request.id);
   if (const std::string_view origin = request.header("origin"); allows_origin(origin)) {
     reply.headers.emplace_back("Access-Control-Allow-Origin", std::string(origin));
+    reply.headers.emplace_back("Access-Control-Expose-Headers", "X-Request-Id, Retry-After");
     reply.headers.emplace_back("Vary", "Origin");
   }
 }
@@ -358,22 +357,30 @@ void HttpApi::finish_reply(HttpRequest& request, HttpReply& reply) {
 void HttpApi::finished(const HttpRequest& request, const HttpOutcome& outcome) {
   const Route* const route = find_route(request.path);
   const bool served = outcome.status == 200 || outcome.status == 503;
-  const std::string status = std::to_string(outcome.status == 0 ? kClientLeft : outcome.status);
+  std::string status = std::to_string(outcome.status);
+  if (outcome.status == 0) status = outcome.end == HttpEnd::kLeft ? kClientLeft : "-";
+  std::string notes = outcome.notes;
+  if (notes.empty() && outcome.end != HttpEnd::kAnswered) {
+    notes = fmt::format(" outcome={}", name_of(outcome_of(outcome.end)));
+  }
   log_request({.id = request.id,
                .method = request.method,
                .path = request.path,
                .status = status,
                .us = outcome.us,
-               .notes = outcome.notes},
+               .notes = notes},
               route != nullptr && route->probed && served);
 }
 
 HttpReply HttpApi::preflight(const HttpRequest& request) const {
   HttpReply reply{.status = 204};
   if (!allows_origin(request.header("origin"))) return reply;
-  reply.headers = {{"Access-Control-Allow-Methods", "GET, POST, OPTIONS"},
-                   {"Access-Control-Allow-Headers", "Authorization, Content-Type, X-Request-Id"},
-                   {"Access-Control-Max-Age", "600"}};
+  // Clients in browsers send headers of their own (x-stainless-lang), which mean nothing here and harm nobody.
+  const std::string_view asked = request.header("access-control-request-headers");
+  reply.headers = {
+      {"Access-Control-Allow-Methods", "GET, POST, OPTIONS"},
+      {"Access-Control-Allow-Headers", is_header_names(asked) ? std::string(asked) : std::string(kHeadersTaken)},
+      {"Access-Control-Max-Age", "600"}};
   return reply;
 }
 
@@ -381,14 +388,6 @@ bool HttpApi::allows_origin(std::string_view origin) const {
   return !origin.empty() && std::any_of(cors_origin_.begin(), cors_origin_.end(), [origin](const std::string& allowed) {
     return allowed == "*" || allowed == origin;
   });
-}
-
-std::string HttpApi::fresh_id() const {
-  thread_local std::mt19937_64 random{std::random_device{}()};
-  std::array<char, 33> text{};
-  std::snprintf(text.data(), text.size(), "%016llx%016llx", static_cast<unsigned long long>(random()),
-                static_cast<unsigned long long>(random()));
-  return text.data();
 }
 
 void HttpApi::log_unknown_fields(const std::vector<std::string>& names) {

@@ -32,7 +32,6 @@ class HttpApi : public HttpHandler {
   HttpReply get(const HttpRequest& request) const;
   HttpReply get_health(const std::string& path) const;
   HttpReply preflight(const HttpRequest& request) const;
-  std::string fresh_id() const;
   bool allows_origin(std::string_view origin) const;
   void log_unknown_fields(const std::vector<std::string>& names);
 

@@ -1,457 +1,28 @@
 #include "server/http_server.h"
 
 #include <fcntl.h>
-#include <sys/socket.h>
 
 #include <algorithm>
-#include <atomic>
 #include <boost/asio.hpp>
-#include <boost/asio/experimental/awaitable_operators.hpp>
-#include <boost/beast/core/flat_buffer.hpp>
-#include <boost/beast/core/read_size.hpp>
-#include <boost/beast/core/tcp_stream.hpp>
-#include <boost/beast/http/parser.hpp>
-#include <boost/beast/http/string_body.hpp>
 #include <chrono>
-#include <condition_variable>
-#include <ctime>
 #include <mutex>
-#include <set>
 #include <thread>
 #include <utility>
 
-#include "base/clock.h"
-#include "base/log.h"
-#include "server/http_waker.h"
-#include "server/http_wire.h"
+#include "server/host_name.h"
+#include "server/http_connection.h"
 
 namespace moed {
 
 namespace asio = boost::asio;
-namespace beast = boost::beast;
-namespace http = beast::http;
 using asio::awaitable;
 using boost::system::error_code;
 using tcp = asio::ip::tcp;
 using Clock = std::chrono::steady_clock;
-using Parser = http::request_parser<http::string_body>;
 
 namespace {
 
-using namespace asio::experimental::awaitable_operators;  // NOLINT: operator||
-
 constexpr auto kTuple = asio::as_tuple(asio::use_awaitable);
-constexpr size_t kWriteBytes = 256 << 10;      // one write, and so what a slow client must take in write_seconds
-constexpr size_t kPipelineBytes = 64 << 10;    // read ahead of the answer under way
-constexpr size_t kInlineBodyBytes = 64 << 10;  // larger bodies are parsed off the I/O threads
-constexpr int64_t kLingerBytes = 256ll << 20;  // of a refused body, thrown away so that the client sees the answer
-constexpr auto kLingerTime = std::chrono::seconds(5);
-
-Clock::duration seconds(double value) {
-  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(value));
-}
-
-class Connection;
-
-// What connections share with the server.
-struct Shared {
-  HttpServerOptions options;
-  HttpHandler* handler = nullptr;
-  asio::thread_pool workers{1};
-  std::atomic<bool> closing{false};
-  std::atomic<int64_t> reading_bytes{0};  // held by bodies that are being received or parsed
-  std::mutex mutex;
-  std::condition_variable none_left;
-  std::set<Connection*> connections;  // under mutex
-};
-
-// The share of Shared::reading_bytes that one body holds.
-class BodyShare {
- public:
-  explicit BodyShare(Shared& shared) : shared_(shared) {}
-  ~BodyShare() { release(); }
-  BodyShare(const BodyShare&) = delete;
-  BodyShare& operator=(const BodyShare&) = delete;
-
-  // False, holding as much as before, when all bodies together would hold more than the limit.
-  bool grow_to(int64_t bytes) {
-    const int64_t more = bytes - bytes_;
-    if (shared_.reading_bytes.fetch_add(more) + more > shared_.options.reading_bytes_max) {
-      shared_.reading_bytes -= more;
-      return false;
-    }
-    bytes_ = bytes;
-    return true;
-  }
-  void release() { shared_.reading_bytes -= std::exchange(bytes_, 0); }
-
- private:
-  Shared& shared_;
-  int64_t bytes_ = 0;
-};
-
-class Connection : public std::enable_shared_from_this<Connection> {
- public:
-  Connection(tcp::socket socket, std::shared_ptr<asio::io_context> context, Shared& shared)
-      : stream_(std::move(socket)),
-        context_(std::move(context)),
-        shared_(shared),
-        body_share_(shared),
-        buffer_(static_cast<size_t>(shared.options.header_bytes_max) + 2 * kPipelineBytes) {
-    const std::lock_guard lock(shared_.mutex);
-    shared_.connections.insert(this);
-  }
-  ~Connection() {
-    const std::lock_guard lock(shared_.mutex);
-    shared_.connections.erase(this);
-    if (shared_.connections.empty()) shared_.none_left.notify_all();
-  }
-
-  awaitable<void> run(bool over_limit);
-
-  // From any thread, under shared.mutex: closes now, or (`idle_only`) if no request is being served.
-  void close(bool idle_only) {
-    asio::post(stream_.get_executor(), [weak = weak_from_this(), idle_only] {
-      const auto self = weak.lock();
-      if (self && !(idle_only && self->busy_)) self->stream_.close();
-    });
-  }
-
- private:
-  enum class Next { kRequest, kClose, kLinger };
-
-  awaitable<Next> serve_one();
-  awaitable<bool> wait_for_request();
-  awaitable<Next> exchange(HttpRequest& request);
-  awaitable<Next> read_head(Parser& parser, HttpRequest& request);
-  awaitable<error_code> receive_some(Parser& parser);
-  awaitable<error_code> receive_head(Parser& parser);
-  awaitable<Next> read_body(Parser& parser, HttpRequest& request);
-  awaitable<error_code> receive_body(Parser& parser);
-  awaitable<Next> refuse(int status, std::string message, HttpRequest& request);
-  awaitable<Next> answer(HttpRequest& request);
-  awaitable<bool> pump(HttpTask& task, HttpRequest& request, Waker& waker);
-  awaitable<bool> pump_stream(HttpTask& task, Waker& waker);
-  awaitable<void> client_gone();
-  awaitable<bool> send(HttpReply reply, HttpRequest& request, bool streaming);
-  awaitable<bool> write(std::string_view bytes);
-  awaitable<void> linger();
-  bool keep_alive() const { return keep_alive_ && !shared_.closing.load(std::memory_order_relaxed); }
-
-  beast::tcp_stream stream_;
-  std::shared_ptr<asio::io_context> context_;
-  Shared& shared_;
-  BodyShare body_share_;
-  beast::flat_buffer buffer_;
-  bool busy_ = false;
-  bool keep_alive_ = false;  // of the request under way
-  bool http_1_0_ = false;
-  HttpOutcome outcome_;
-};
-
-// Whether the other side of operator|| has ended this coroutine. To be asked after each wait: it is told once.
-awaitable<bool> is_cancelled() {
-  const asio::cancellation_state state = co_await asio::this_coro::cancellation_state;
-  co_return state.cancelled() != asio::cancellation_type::none;
-}
-
-awaitable<void> Connection::run(bool over_limit) {
-  co_await asio::this_coro::throw_if_cancelled(false);
-  Next next = Next::kRequest;
-  if (over_limit) {
-    HttpRequest unread;
-    next = co_await refuse(503, "too many connections; the limit is connections_max", unread);
-    shared_.handler->finished(unread, outcome_);
-  } else {
-    while (next == Next::kRequest) next = co_await serve_one();
-  }
-  if (next == Next::kLinger) co_await linger();
-  error_code ignored;
-  stream_.socket().shutdown(tcp::socket::shutdown_both, ignored);
-  stream_.close();
-}
-
-// True when the first byte of a request is in the buffer.
-awaitable<bool> Connection::wait_for_request() {
-  busy_ = false;
-  if (shared_.closing.load()) co_return false;
-  if (buffer_.size() > 0) co_return true;
-  stream_.expires_after(seconds(shared_.options.idle_seconds));
-  const auto [error, count] = co_await stream_.async_read_some(buffer_.prepare(4096), kTuple);
-  if (error) co_return false;
-  buffer_.commit(count);
-  co_return true;
-}
-
-HttpRequest head_of(const Parser& parser) {
-  HttpRequest request;
-  const auto& message = parser.get();
-  request.method = std::string(message.method_string());
-  split_target(std::string(message.target()), request);
-  for (const auto& field : message) {
-    request.headers.emplace_back(lower_case(std::string_view(field.name_string().data(), field.name_string().size())),
-                                 std::string(field.value()));
-  }
-  return request;
-}
-
-awaitable<Connection::Next> Connection::serve_one() {
-  if (!co_await wait_for_request()) co_return Next::kClose;
-  busy_ = true;
-  outcome_ = HttpOutcome();
-  const int64_t begin_us = now_us();
-  HttpRequest request;
-  const Next next = co_await exchange(request);
-  outcome_.us = now_us() - begin_us;
-  if (outcome_.status != 0 || !request.method.empty()) shared_.handler->finished(request, outcome_);
-  co_return next;
-}
-
-awaitable<Connection::Next> Connection::exchange(HttpRequest& request) {
-  Parser parser;
-  if (const Next next = co_await read_head(parser, request); next != Next::kRequest) co_return next;
-  if (std::optional<HttpReply> refusal = shared_.handler->admit(request)) {
-    const bool unread = parser.chunked() || parser.content_length().value_or(0) > 0;
-    if (unread) keep_alive_ = false;
-    if (!co_await send(std::move(*refusal), request, false)) co_return Next::kClose;
-    co_return unread ? Next::kLinger : keep_alive() ? Next::kRequest : Next::kClose;
-  }
-  if (const Next next = co_await read_body(parser, request); next != Next::kRequest) co_return next;
-  co_return co_await answer(request);
-}
-
-awaitable<Connection::Next> Connection::read_head(Parser& parser, HttpRequest& request) {
-  const HttpServerOptions& options = shared_.options;
-  parser.header_limit(static_cast<uint32_t>(options.header_bytes_max));
-  parser.body_limit(boost::none);  // lengths are checked after the route
-  keep_alive_ = false;
-  // A timer of its own: the stream's would close the socket, and the client would not learn why.
-  asio::steady_timer deadline(stream_.get_executor(), seconds(options.header_seconds));
-  stream_.expires_never();
-  const auto outcome = co_await (receive_head(parser) || deadline.async_wait(kTuple));
-  const error_code error = outcome.index() == 1 ? make_error_code(asio::error::timed_out) : std::get<0>(outcome);
-  const bool malformed = error.category() == make_error_code(http::error::bad_method).category();
-  if (error == http::error::end_of_stream || error == http::error::partial_message ||
-      (error && !malformed && error != asio::error::timed_out)) {
-    co_return Next::kClose;
-  }
-  request = head_of(parser);
-  if (error == asio::error::timed_out) {
-    co_return co_await refuse(408, "the request's head did not arrive within header_seconds", request);
-  }
-  if (error == http::error::header_limit || error == http::error::buffer_overflow) {
-    co_return co_await refuse(431, "the request's headers are larger than header_bytes_max", request);
-  }
-  if (error) co_return co_await refuse(400, "not an HTTP/1.1 request: " + error.message(), request);
-  keep_alive_ = parser.keep_alive();
-  http_1_0_ = parser.get().version() < 11;
-  co_return Next::kRequest;
-}
-
-// Parses what has come, after a wait for more where that is not enough. Beast's own loop would go on, and its caller
-// wait for ever, after a cancellation that meets the end of a read.
-awaitable<error_code> Connection::receive_some(Parser& parser) {
-  co_await asio::this_coro::throw_if_cancelled(false);
-  for (;;) {
-    error_code error = http::error::need_more;
-    if (buffer_.size() > 0) buffer_.consume(parser.put(buffer_.data(), error));
-    if (error != http::error::need_more) co_return error;
-    const size_t room = beast::read_size(buffer_, kPipelineBytes);
-    if (room == 0) co_return make_error_code(http::error::buffer_overflow);
-    const auto [failed, count] = co_await stream_.async_read_some(buffer_.prepare(room), kTuple);
-    if (co_await is_cancelled()) co_return make_error_code(asio::error::operation_aborted);
-    if (failed == asio::error::eof) {
-      co_return make_error_code(parser.got_some() ? http::error::partial_message : http::error::end_of_stream);
-    }
-    if (failed) co_return failed;
-    buffer_.commit(count);
-  }
-}
-
-awaitable<error_code> Connection::receive_head(Parser& parser) {
-  co_await asio::this_coro::throw_if_cancelled(false);
-  error_code error;
-  while (!error && !parser.is_header_done()) error = co_await receive_some(parser);
-  co_return error;
-}
-
-awaitable<Connection::Next> Connection::read_body(Parser& parser, HttpRequest& request) {
-  const HttpServerOptions& options = shared_.options;
-  const auto limit = static_cast<uint64_t>(options.body_bytes_max);
-  const std::string too_long =
-      "the request's body is larger than " + std::to_string(options.body_bytes_max) + " bytes (body_bytes_max)";
-  if (parser.content_length().value_or(0) > limit) co_return co_await refuse(413, too_long, request);
-  parser.body_limit(limit);
-  if (lower_case(request.header("expect")) == "100-continue" && !parser.is_done()) {
-    if (!co_await write("HTTP/1.1 100 Continue\r\n\r\n")) co_return Next::kClose;
-  }
-  asio::steady_timer deadline(stream_.get_executor(), seconds(options.body_seconds));
-  stream_.expires_never();
-  auto outcome = co_await (receive_body(parser) || deadline.async_wait(kTuple));
-  if (outcome.index() == 1) {
-    body_share_.release();
-    co_return co_await refuse(408, "the request's body did not arrive within body_seconds", request);
-  }
-  const error_code error = std::get<0>(outcome);
-  if (error) body_share_.release();
-  if (error == asio::error::no_buffer_space) {
-    co_return co_await refuse(429, "too many bytes of requests are being received at once (limits.reading_bytes_max)",
-                              request);
-  }
-  if (error == http::error::body_limit) co_return co_await refuse(413, too_long, request);
-  if (error.category() == make_error_code(http::error::bad_method).category() &&
-      error != http::error::partial_message && error != http::error::end_of_stream) {
-    co_return co_await refuse(400, "the request's body is not well-formed: " + error.message(), request);
-  }
-  if (error) co_return Next::kClose;
-  request.body = std::move(parser.get().body());
-  co_return Next::kRequest;
-}
-
-// What has arrived counts, not what was announced: a client that sends nothing holds nothing.
-awaitable<error_code> Connection::receive_body(Parser& parser) {
-  co_await asio::this_coro::throw_if_cancelled(false);
-  while (!parser.is_done()) {
-    const error_code error = co_await receive_some(parser);
-    if (error) co_return error;
-    if (!body_share_.grow_to(static_cast<int64_t>(parser.get().body().size()))) {
-      co_return make_error_code(asio::error::no_buffer_space);
-    }
-  }
-  co_return error_code();
-}
-
-awaitable<Connection::Next> Connection::refuse(int status, std::string message, HttpRequest& request) {
-  keep_alive_ = false;
-  const bool sent = co_await send(shared_.handler->refuse(status, message), request, false);
-  co_return sent ? Next::kLinger : Next::kClose;
-}
-
-// Leaves `request` without its body.
-awaitable<Connection::Next> Connection::answer(HttpRequest& request) {
-  const auto waker = std::make_shared<Waker>(context_, stream_.get_executor());
-  const auto wake = [waker] { waker->wake(); };
-  std::string body = std::exchange(request.body, {});
-  HttpRequest whole = request;
-  whole.body = std::move(body);
-  std::unique_ptr<HttpTask> task;
-  if (whole.body.size() > kInlineBodyBytes) {
-    HttpHandler* const handler = shared_.handler;
-    auto parse = [handler, &whole, &wake]() -> awaitable<std::unique_ptr<HttpTask>> {
-      co_return handler->handle(std::move(whole), wake);
-    };
-    task = co_await asio::co_spawn(shared_.workers, parse, asio::use_awaitable);
-  } else {
-    task = shared_.handler->handle(std::move(whole), wake);
-  }
-  body_share_.release();
-  auto outcome = co_await (pump(*task, request, *waker) || client_gone());
-  const bool complete = outcome.index() == 0 && std::get<0>(outcome);
-  outcome_.notes = task->notes();
-  task.reset();
-  co_return complete&& keep_alive() ? Next::kRequest : Next::kClose;
-}
-
-awaitable<bool> Connection::pump(HttpTask& task, HttpRequest& request, Waker& waker) {
-  co_await asio::this_coro::throw_if_cancelled(false);
-  std::optional<HttpReply> reply = task.reply();
-  while (!reply) {
-    co_await waker.wait(std::chrono::hours(1));
-    if (co_await is_cancelled()) co_return false;
-    reply = task.reply();
-  }
-  const bool streaming = task.streaming();
-  if (!co_await send(std::move(*reply), request, streaming)) co_return false;
-  if (!streaming) co_return true;  // GCC 12 miscompiles a co_await behind ||
-  co_return co_await pump_stream(task, waker);
-}
-
-awaitable<bool> Connection::pump_stream(HttpTask& task, Waker& waker) {
-  const bool chunked = !http_1_0_;
-  std::string piece;
-  for (bool more = true; more;) {
-    piece.clear();
-    more = task.read(piece);
-    if (more && piece.empty()) {
-      if (co_await is_cancelled()) co_return false;
-      if (co_await waker.wait(seconds(shared_.options.ping_seconds))) continue;
-      if (co_await is_cancelled()) co_return false;
-      piece = task.ping();
-      if (piece.empty()) continue;
-    }
-    if (piece.empty()) continue;
-    if (chunked) piece = chunk_of(piece);
-    if (!co_await write(piece)) co_return false;
-  }
-  if (!chunked) {
-    keep_alive_ = false;
-    co_return true;
-  }
-  co_return co_await write("0\r\n\r\n");
-}
-
-// Ends when the client closed or reset, or the answer is out. Bytes of a pipelined request are kept for it.
-awaitable<void> Connection::client_gone() {
-  co_await asio::this_coro::throw_if_cancelled(false);
-  tcp::socket& socket = stream_.socket();
-  while (buffer_.size() < kPipelineBytes) {
-    if (co_await is_cancelled()) co_return;
-    const auto [error] = co_await socket.async_wait(tcp::socket::wait_read, kTuple);
-    if (error) co_return;
-    // The answer's end cancels a wait, but not one that the next request has just ended.
-    if (co_await is_cancelled()) co_return;
-    const auto space = buffer_.prepare(4096);
-    const ssize_t count = ::recv(socket.native_handle(), space.data(), space.size(), MSG_DONTWAIT);
-    if (count == 0) co_return;
-    if (count > 0) {
-      buffer_.commit(static_cast<size_t>(count));
-    } else if (errno != EAGAIN && errno != EWOULDBLOCK && errno != EINTR) {
-      co_return;
-    }
-  }
-  if (co_await is_cancelled()) co_return;
-  asio::steady_timer forever(co_await asio::this_coro::executor, Clock::time_point::max());
-  co_await forever.async_wait(kTuple);
-}
-
-awaitable<bool> Connection::send(HttpReply reply, HttpRequest& request, bool streaming) {
-  shared_.handler->finish_reply(request, reply);
-  outcome_.status = reply.status;
-  if (streaming && http_1_0_) keep_alive_ = false;
-  const Framing framing{.streaming = streaming,
-                        .chunked = streaming && !http_1_0_,
-                        .keep_alive = keep_alive(),
-                        .http_1_0 = http_1_0_,
-                        .head_only = request.method == "HEAD"};
-  const std::string bytes = reply_bytes(reply, framing, std::time(nullptr));
-  co_return co_await write(bytes);
-}
-
-awaitable<bool> Connection::write(std::string_view bytes) {
-  while (!bytes.empty()) {
-    const size_t count = std::min(bytes.size(), kWriteBytes);
-    stream_.expires_after(seconds(shared_.options.write_seconds));
-    const auto [error, written] = co_await asio::async_write(stream_, asio::buffer(bytes.data(), count), kTuple);
-    stream_.expires_never();
-    if (error) co_return false;
-    if (co_await is_cancelled()) co_return false;
-    bytes.remove_prefix(count);
-  }
-  co_return true;
-}
-
-// Closing with unread bytes would reset the connection, and the client might never see the answer.
-awaitable<void> Connection::linger() {
-  error_code ignored;
-  stream_.socket().shutdown(tcp::socket::shutdown_send, ignored);
-  stream_.expires_after(kLingerTime);
-  std::vector<char> scratch(64 << 10);
-  for (int64_t left = kLingerBytes; left > 0;) {
-    const auto [error, count] = co_await stream_.async_read_some(asio::buffer(scratch), kTuple);
-    if (error) co_return;
-    left -= static_cast<int64_t>(count);
-  }
-}
 
 // A socket of `endpoint` that listens; the error says why not.
 std::optional<tcp::acceptor> listen_on(asio::io_context& context, const tcp::endpoint& endpoint, error_code& error) {
@@ -472,7 +43,7 @@ std::optional<tcp::acceptor> listen_on(asio::io_context& context, const tcp::end
 
 struct HttpServer::State {
   std::shared_ptr<asio::io_context> context = std::make_shared<asio::io_context>();
-  Shared shared;
+  HttpShared shared;
   std::vector<std::unique_ptr<tcp::acceptor>> acceptors;
   std::vector<std::string> addresses;
   int port = 0;
@@ -485,10 +56,10 @@ struct HttpServer::State {
 
 Status HttpServer::State::listen() {
   const HttpServerOptions& options = shared.options;
-  const std::string where = options.host + ":" + std::to_string(options.port);
+  const std::string where = host_and_port(options.host, options.port);
   error_code error;
   tcp::resolver resolver(*context);
-  const std::string host = options.host == "localhost" ? "127.0.0.1" : options.host;
+  const std::string host = options.host == "localhost" ? "127.0.0.1" : without_brackets(options.host);
   const auto found = resolver.resolve(host, std::to_string(options.port), tcp::resolver::passive, error);
   if (error || found.empty()) {
     return Status(StatusCode::kUnavailable, "cannot listen on " + where + ": " + error.message(), "host");
@@ -506,8 +77,7 @@ Status HttpServer::State::listen() {
   }
   for (const auto& acceptor : acceptors) {
     const tcp::endpoint endpoint = acceptor->local_endpoint();
-    const std::string address = endpoint.address().to_string();
-    addresses.push_back((endpoint.address().is_v6() ? "[" + address + "]" : address) + ":" + std::to_string(port));
+    addresses.push_back(host_and_port(endpoint.address().to_string(), port));
   }
   return Status();
 }
@@ -530,16 +100,7 @@ awaitable<void> HttpServer::State::accept(tcp::acceptor& acceptor) {
       count = static_cast<int64_t>(shared.connections.size());
     }
     const bool over_limit = count >= shared.options.connections_max;
-    const auto connection = std::make_shared<Connection>(std::move(socket), context, shared);
-    auto run = [connection, over_limit]() -> awaitable<void> { co_await connection->run(over_limit); };
-    asio::co_spawn(strand, std::move(run), [](std::exception_ptr failure) {
-      if (!failure) return;
-      try {
-        std::rethrow_exception(failure);
-      } catch (const std::exception& exception) {
-        spdlog::error("http: connection ended by an exception: {}", exception.what());
-      }
-    });
+    serve_connection(std::move(socket), context, shared, over_limit);
   }
 }
 
@@ -574,7 +135,7 @@ int64_t HttpServer::num_connections() const {
 
 void HttpServer::shutdown(double grace_seconds) {
   if (state_->threads.empty()) return;
-  Shared& shared = state_->shared;
+  HttpShared& shared = state_->shared;
   shared.closing.store(true);
   for (const auto& acceptor : state_->acceptors) {
     asio::post(acceptor->get_executor(), [raw = acceptor.get()] {
@@ -582,12 +143,12 @@ void HttpServer::shutdown(double grace_seconds) {
       raw->close(ignored);
     });
   }
-  auto deadline = Clock::now() + seconds(grace_seconds);
+  const auto deadline = Clock::now() + std::chrono::duration<double>(grace_seconds);
   std::unique_lock lock(shared.mutex);
   bool cut = false;
   while (!shared.connections.empty()) {
     if (!cut && Clock::now() >= deadline) cut = true;
-    for (Connection* const connection : shared.connections) connection->close(!cut);
+    for (HttpConnection* const connection : shared.connections) connection->close(!cut);
     shared.none_left.wait_for(lock, std::chrono::milliseconds(50));
   }
   lock.unlock();

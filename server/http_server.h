@@ -34,6 +34,9 @@ struct HttpReply {
   std::string body;
 };
 
+// Who ended a request: the server by its whole answer; the client, that left before; or the server, that cut it off.
+enum class HttpEnd : uint8_t { kAnswered, kLeft, kCut };
+
 // One answer in the making. All calls come on the connection's strand, one at a time. Destroyed at the end, or as soon
 // as the client is gone: the destructor then cancels the work.
 class HttpTask {
@@ -48,15 +51,21 @@ class HttpTask {
     (void)out;
     return false;
   }
+  // After the last read(): the stream broke off, and the connection is closed behind it.
+  virtual bool failed() const { return false; }
   // Written when a stream has been silent for `ping_seconds`.
   virtual std::string_view ping() const { return {}; }
   // What the log shall say of it besides, as " name=value ..."; asked once, at the end.
-  virtual std::string notes() const { return {}; }
+  virtual std::string notes(HttpEnd end) const {
+    (void)end;
+    return {};
+  }
 };
 
 // How a request ended, for the log.
 struct HttpOutcome {
-  int status = 0;     // that of the answer's head; 0: the client left before there was one
+  int status = 0;  // that of the answer's head; 0: there was none
+  HttpEnd end = HttpEnd::kLeft;
   int64_t us = 0;     // since the first byte of the request
   std::string notes;  // the task's
 };
@@ -97,7 +106,7 @@ struct HttpServerOptions {
   double body_seconds = 30;    // of the whole body; then 408
   double idle_seconds = 75;    // a connection without a byte of a request is closed
   double write_seconds = 30;   // a client that takes no byte for so long is dropped
-  double ping_seconds = 10;
+  double ping_seconds = 10;    // a stream that has written nothing for so long is pinged
 };
 
 // HTTP/1.1: keep-alive, pipelining answered in order, chunked bodies, 100-continue, streams with back-pressure. A

@@ -119,6 +119,26 @@ std::string lower_case(std::string_view text) {
   return out;
 }
 
+bool is_header_names(std::string_view list) {
+  constexpr std::string_view kMarks = "!#$%&'*+-.^_`|~";
+  bool in_name = false, ended = false;  // of the name that is being read
+  for (const char c : list) {
+    const char lower = static_cast<char>(c | 0x20);
+    if ((c >= '0' && c <= '9') || (lower >= 'a' && lower <= 'z') || kMarks.find(c) != std::string_view::npos) {
+      if (ended) return false;
+      in_name = true;
+    } else if (c == ',') {
+      if (!in_name) return false;
+      in_name = ended = false;
+    } else if (c == ' ' || c == '\t') {
+      ended = in_name;
+    } else {
+      return false;
+    }
+  }
+  return in_name;
+}
+
 std::string percent_decoded(std::string_view text) {
   std::string out;
   for (size_t i = 0; i < text.size(); ++i) {

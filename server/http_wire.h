@@ -26,6 +26,8 @@ std::string chunk_of(std::string_view piece);
 // Fills path and query. Takes the absolute form ("http://host/path") as well.
 void split_target(const std::string& target, HttpRequest& request);
 std::string lower_case(std::string_view text);
+// Whether `list` is names of headers with commas between: "content-type, x-a".
+bool is_header_names(std::string_view list);
 // "%2F" -> "/"; what is not a percent-code stays.
 std::string percent_decoded(std::string_view text);
 

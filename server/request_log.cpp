@@ -22,10 +22,26 @@ void log_request(const RequestLine& line, bool quiet) {
               or_dash(line.path, kPathBytesMax), line.status, line.us / 1000, line.notes);
 }
 
+std::string_view name_of(Outcome outcome) {
+  switch (outcome) {
+    case Outcome::kDone:
+      return "done";
+    case Outcome::kRefused:
+      return "refused";
+    case Outcome::kFailed:
+      return "failed";
+    case Outcome::kLeft:
+      return "left";
+    case Outcome::kCut:
+      return "cut";
+  }
+  return "-";
+}
+
 std::string notes_of(const GenerationNotes& generation) {
-  std::string notes =
-      fmt::format(" outcome={} stream={} prompt_tokens={} cached_tokens={} completion_tokens={}", generation.outcome,
-                  generation.stream, generation.prompt_tokens, generation.cached_tokens, generation.completion_tokens);
+  std::string notes = fmt::format(" outcome={} stream={} prompt_tokens={} cached_tokens={} completion_tokens={}",
+                                  name_of(generation.outcome), generation.stream, generation.prompt_tokens,
+                                  generation.cached_tokens, generation.completion_tokens);
   if (generation.first_token_us > 0) notes += fmt::format(" ttft_ms={}", generation.first_token_us / 1000);
   if (!generation.field.empty()) notes += " field=" + log_safe(generation.field, kFieldBytesMax);
   return notes;

@@ -20,10 +20,15 @@ struct RequestLine {
 // `quiet`: at level debug, for what probes ask every few seconds; else at info.
 void log_request(const RequestLine& line, bool quiet);
 
+// How a request ended. Left: the client did, before its answer was out. Cut: the server gave it up, at its own end or
+// for a client that takes nothing.
+enum class Outcome : uint8_t { kDone, kRefused, kFailed, kLeft, kCut };
+std::string_view name_of(Outcome outcome);  // "done"
+
 // What of a request that generates is known at its end.
 struct GenerationNotes {
-  const char* outcome = "left";  // done, refused, failed; left: the client did, before the end
-  std::string_view field;        // that was refused, or empty
+  Outcome outcome = Outcome::kLeft;
+  std::string_view field;  // that was refused, or empty
   bool stream = false;
   int64_t prompt_tokens = 0, cached_tokens = 0, completion_tokens = 0;
   int64_t first_token_us = 0;  // since the request came; 0: there was none

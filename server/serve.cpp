@@ -14,16 +14,18 @@
 #include <thread>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/log.h"
 #include "server/daemon.h"
 #include "server/grpc_server.h"
+#include "server/host_name.h"
 #include "server/http_api.h"
 #include "server/http_server.h"
 
 namespace moed {
 namespace {
 
-// After a drain: for streams to carry their last event out.
+// After a drain, at least: for streams to carry their last event out.
 constexpr double kCloseSeconds = 2.0;
 
 // SIGTERM and SIGINT as something to read. Made before any other thread, so that none of them takes the signal.
@@ -116,12 +118,26 @@ HttpServerOptions http_options(const Settings& settings) {
   return options;
 }
 
-void print_invitation(const HttpServer& http) {
+// `needs_key`: a placeholder stands for it, since keys stay out of logs.
+void print_invitation(const std::string& host, int port, bool needs_key) {
   std::printf(
-      "\nTry:\n  curl http://%s/v1/chat/completions -H 'Content-Type: application/json' -d '{\"messages\": [{\"role\": "
-      "\"user\", \"content\": \"What is the capital of France?\"}], \"temperature\": 0}'\n\n",
-      http.addresses().front().c_str());
+      "\nTry:\n  curl http://%s/v1/chat/completions -H 'Content-Type: application/json'%s -d '{\"messages\": "
+      "[{\"role\": \"user\", \"content\": \"What is the capital of France?\"}], \"temperature\": 0}'\n\n",
+      host_and_port(reached_at(host), port).c_str(), needs_key ? " -H \"Authorization: Bearer $MOED_API_KEY\"" : "");
   std::fflush(stdout);
+}
+
+// An answer that is made but not yet taken is still being drained: its reader has what is left of the time.
+void drain(Daemon& daemon, HttpServer& http, GrpcServer& grpc, double drain_seconds) {
+  const int64_t begin_us = now_us();
+  const auto left = [&] {
+    return std::max(kCloseSeconds, drain_seconds - static_cast<double>(now_us() - begin_us) / 1e6);
+  };
+  grpc.set_serving(false);
+  daemon.drain(drain_seconds);
+  daemon.stop();
+  http.shutdown(left());
+  grpc.shutdown(left());
 }
 
 }  // namespace
@@ -135,6 +151,7 @@ int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
   raise_open_files(settings.limits.connections_max);
   auto keys = ApiKeys::load(settings.server.api_key_file, settings.server.api_key);
   if (!keys.ok()) return fail(keys.status());
+  const bool needs_key = !keys->empty();
   Daemon daemon(settings, std::move(*keys));
 
   HttpApi api(daemon, settings);
@@ -142,8 +159,8 @@ int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
   if (!http.ok()) return fail(http.status());
   auto grpc = GrpcServer::start(settings, daemon);
   if (!grpc.ok()) return fail(grpc.status());
-  spdlog::info("loading {}; http {}, grpc {}:{}", settings.model.path, (*http)->addresses().front(),
-               settings.server.host, (*grpc)->port());
+  const std::string grpc_address = host_and_port(settings.server.host, (*grpc)->port());
+  spdlog::info("loading {}; http {}, grpc {}", settings.model.path, (*http)->addresses().front(), grpc_address);
 
   {
     // Loading does not listen to signals; a supervisor's stop must not wait for it.
@@ -152,18 +169,14 @@ int serve(const LoadedSettings& loaded, const BackendFactory& factory) {
   }
 
   (*grpc)->set_serving(true);
-  spdlog::info("ready: http {}, grpc {}:{}", (*http)->addresses().front(), settings.server.host, (*grpc)->port());
-  print_invitation(**http);
+  spdlog::info("ready: http {}, grpc {}", (*http)->addresses().front(), grpc_address);
+  print_invitation(settings.server.host, (*http)->port(), needs_key);
 
   signals.wait(-1);
   spdlog::info("draining: up to {} s for {} running requests", settings.server.drain_seconds,
                daemon.loads().running + daemon.loads().waiting);
   const ExitOnSignal watch(signals, 1, "a second signal: stopped at once, running requests were cut off");
-  (*grpc)->set_serving(false);
-  daemon.drain(settings.server.drain_seconds);
-  daemon.stop();
-  (*http)->shutdown(kCloseSeconds);
-  (*grpc)->shutdown(kCloseSeconds);
+  drain(daemon, **http, **grpc, settings.server.drain_seconds);
   spdlog::info("stopped");
   return 0;
 }

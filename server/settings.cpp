@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "base/toml.h"
+#include "server/host_name.h"
 #include "server/settings_table.h"
 
 namespace moed {
@@ -367,13 +368,6 @@ Status apply_all(const Flags& flags, const Variables& variables, LoadedSettings&
     if (given != flags.given.end()) MOED_RETURN_IF_ERROR(set_from_text(row, given->second, loaded.settings));
   }
   return Status();
-}
-
-// The address by which a daemon that listens on `host` is reached from its own machine.
-std::string reached_at(std::string host) {
-  if (host.size() > 2 && host.front() == '[' && host.back() == ']') host = host.substr(1, host.size() - 2);
-  if (host == "0.0.0.0") return "127.0.0.1";
-  return host == "::" ? "::1" : host;
 }
 
 }  // namespace

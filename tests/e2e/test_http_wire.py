@@ -306,7 +306,7 @@ def test_a_reader_that_takes_nothing_is_dropped_in_time(start_fake):
         stalled.connect(("127.0.0.1", daemon.http_port))
         stalled.sendall((f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
                          f"Content-Length: {len(body)}\r\n\r\n{body}").encode())
-        daemon.wait_log(r"status=200 total_ms=\d+ outcome=left stream=true", 20)
+        daemon.wait_log(r"status=200 total_ms=\d+ outcome=cut stream=true", 20)
         assert eventually(lambda: idle(daemon))
 
 

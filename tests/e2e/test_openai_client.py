@@ -80,7 +80,9 @@ def test_exception_classes_of_limits(start_fake, tmp_path):
         client.completions.create(model="tiny", prompt="x" * 3000)
     assert caught.value.status_code == 413 and "2000 bytes (body_bytes_max)" in caught.value.message
     long = dict(model="tiny", prompt="abc", max_tokens=200, stream=True, extra_body={"ignore_eos": True})
-    held = [client.completions.create(**long) for _ in range(2)]
+    held = [client.completions.create(**long)]
+    next(held[0])  # it runs, and so the queue has room for the second
+    held.append(client.completions.create(**long))
     with pytest.raises(openai.RateLimitError) as caught:
         client.completions.create(**long)
     assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "queue_full"

@@ -2,6 +2,9 @@
 schemathesis hold answers against it."""
 
 import re
+import socket
+import time
+from contextlib import ExitStack
 
 import pytest
 import requests
@@ -100,6 +103,44 @@ def test_the_methods_are_the_documented_ones(fake, path):
             assert answer.status_code in (200, 415), method
         else:
             assert answer.status_code == 405 and answer.headers["Allow"].split(", ")[0] in allowed, method
+
+
+def status_of(connection):
+    answer = connection.recv(65536)
+    return answer[9:12].decode()
+
+
+def test_what_the_server_refuses_is_documented(start_fake):
+    """By its limits, before a handler is asked: each can meet each path."""
+    daemon = start_fake("--header-seconds", "0.3", "--body-seconds", "5", "--header-bytes-max", "2000", "--connections-max", "8",
+                        "--body-bytes-max", "1000000", "--reading-bytes-max", "1048576")
+
+    def connect(stack):
+        return stack.enter_context(socket.create_connection(("127.0.0.1", daemon.http_port), timeout=10))
+
+    def ask(head):
+        with ExitStack() as stack:
+            connection = connect(stack)
+            connection.sendall(head)
+            return status_of(connection)
+
+    for path, method, operation in OPERATIONS:
+        line = f"{method} {path.replace('{id}', 'tiny')} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n".encode()
+        seen = {"400": ask(line + b"Transfer-Encoding: gzip\r\n\r\n"), "408": ask(line),
+                "413": ask(line + b"Content-Length: 2000000\r\n\r\n"), "431": ask(line + b"X: " + b"x" * 3000 + b"\r\n\r\n")}
+        with ExitStack() as stack:
+            holding = connect(stack)
+            holding.sendall(line + b"Content-Length: 900000\r\n\r\n" + b"x" * 800000)
+            time.sleep(0.1)
+            seen |= {"429": ask(line + b"Content-Length: 900000\r\n\r\n" + b"x" * 800000)}
+        with ExitStack() as stack:
+            for _ in range(8):
+                connect(stack)
+            time.sleep(0.1)
+            seen |= {"503": status_of(connect(stack))}
+        assert all(wanted == status for wanted, status in seen.items()), (path, seen)
+        assert set(seen) <= set(operation["responses"]), path
+        time.sleep(0.1)  # for the held connections to be seen closed
 
 
 def test_a_path_that_is_not_documented_is_not_there(fake):

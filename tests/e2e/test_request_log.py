@@ -127,8 +127,49 @@ def test_answers_and_clients_that_leave(start_fake):
     assert requests.post(daemon.url + "/tokenize", json={"prompt": SECRET}, timeout=20).status_code == 200
     exchange(daemon, post("/tokenize", b"{}")[:-1], wait=False)  # left in its body
     last = wait_lines(daemon, 6)[4:]
-    assert sorted((line["path"], line["status"]) for line in last) == [("/tokenize", "200"), ("/tokenize", "499")]
+    assert sorted((line["path"], line["status"], line.get("outcome")) for line in last) == [
+        ("/tokenize", "200", None), ("/tokenize", "499", "left")]
     assert SECRET not in daemon.log
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_that_was_not_taken_is_not_done(start_fake, stream):
+    daemon = start_fake("--log-json", "--write-seconds", "0.5")
+    body = json.dumps({"prompt": SECRET, "n": 16, "max_tokens": 900, "ignore_eos": True, "logprobs": 20, "stream": stream})
+
+    def ask():
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", daemon.http_port))
+        connection.sendall(post("/v1/completions", body.encode()))
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        return connection
+
+    with ask():
+        line = wait_lines(daemon, 1)[0]
+        assert (line["status"], line["outcome"]) == ("200", "cut")
+    ask().close()
+    line = wait_lines(daemon, 2)[1]
+    assert (line["status"], line["outcome"]) == ("200", "left")
+
+
+def test_a_call_that_was_not_read_is_not_done(start_fake, moed_pb):
+    pb, services = moed_pb
+    daemon = start_fake("--log-json", "--write-seconds", "2")
+    sampling = pb.SamplingOptions(n=16, max_tokens=900, ignore_eos=True, logprobs=20)
+    with grpc.insecure_channel(daemon.grpc_target, [("grpc.http2.bdp_probe", 0)]) as channel:
+        stub = services.InferenceStub(channel)
+        answer = stub.Generate(pb.GenerateRequest(text=SECRET, sampling=sampling))
+        next(answer)
+        line = wait_lines(daemon, 1)[0]
+        assert (line["status"], line["outcome"]) == ("CANCELLED", "cut")
+        answer = stub.Generate(pb.GenerateRequest(text=SECRET, sampling=sampling))
+        next(answer)
+        time.sleep(0.5)
+        answer.cancel()
+        line = wait_lines(daemon, 2)[1]
+        assert (line["status"], line["outcome"]) == ("CANCELLED", "left")
 
 
 def test_probes_are_for_debugging(start_fake):

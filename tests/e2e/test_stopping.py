@@ -4,12 +4,20 @@ import http.client
 import json
 import select
 import signal
+import socket
 import threading
 import time
 
+import grpc
+import pytest
 import requests
 from conftest import LOADING
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+# Some 10 MB in 14400 events: more than sockets hold, less than a door may leave unread.
+LARGE = {"prompt": "abc", "n": 16, "max_tokens": 900, "ignore_eos": True, "logprobs": 20, "stream": True}
+# A gRPC client whose window does not grow with what comes.
+SMALL_WINDOW = [("grpc.http2.bdp_probe", 0)]
 # About a minute: four layers of 10 ms a token.
 LONG = {"prompt": "abc", "max_tokens": 900, "ignore_eos": True}
 
@@ -36,6 +44,34 @@ def wait_running(daemon):
     while not running(daemon):
         assert time.monotonic() < end, daemon.log
         time.sleep(0.01)
+
+
+def wait_generated(daemon, tokens):
+    """Until all is generated, whoever may have read it."""
+    end = time.monotonic() + 20
+    while f'generation_tokens_total{{engine="0",model_name="tiny"}} {tokens}' not in requests.get(daemon.url + "/metrics", timeout=10).text:
+        assert time.monotonic() < end, daemon.log
+        time.sleep(0.05)
+
+
+def slow_socket(daemon, body):
+    """A client with a small receive buffer that has sent `body` and read nothing."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", daemon.http_port))
+    data = json.dumps(body).encode()
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                       b"Content-Length: %d\r\n\r\n" % len(data) + data)
+    return connection
+
+
+def read_all(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
+    data = b""
+    while piece := connection.recv(1 << 20):
+        data += piece
+    return data
 
 
 def test_a_signal_while_loading_is_obeyed(start_fake):
@@ -99,6 +135,66 @@ def test_a_drain_waits_for_what_is_still_tokenised(start_fake):
             return
         assert answer.status == 503, answer.read()
     raise AssertionError("refused after all")
+
+
+def test_a_drain_waits_for_a_slow_reader(start_fake):
+    """All is generated, most is not yet read: that takes more than the seconds that closing takes at least."""
+    daemon = start_fake("--drain-seconds", "30", "--log-json")
+    with slow_socket(daemon, LARGE) as connection:
+        wait_generated(daemon, 14400)
+        daemon.process.terminate()
+        daemon.wait_log("draining")
+        time.sleep(4)
+        assert daemon.process.poll() is None
+        answer = read_all(connection)
+        assert len(answer) > 8 << 20
+        assert answer.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+        assert daemon.process.wait(5) == 0
+    assert says(daemon, "outcome=done")
+
+
+def test_a_drain_waits_for_a_slow_reader_of_grpc(start_fake, moed_pb):
+    pb, services = moed_pb
+    daemon = start_fake("--drain-seconds", "30", "--log-json")
+    sampling = pb.SamplingOptions(n=16, max_tokens=900, ignore_eos=True, logprobs=20)
+    with grpc.insecure_channel(daemon.grpc_target, SMALL_WINDOW) as channel:
+        answer = services.InferenceStub(channel).Generate(pb.GenerateRequest(text="abc", sampling=sampling))
+        next(answer)
+        wait_generated(daemon, 14400)
+        daemon.process.terminate()
+        daemon.wait_log("draining")
+        time.sleep(5)
+        assert list(answer)[-1].usage.completion_tokens == 14400
+        assert daemon.process.wait(5) == 0
+    assert says(daemon, "outcome=done")
+
+
+def test_a_drain_does_not_wait_for_who_watches_it(start_fake):
+    """A balancer that watches our health does so for as long as we are there."""
+    daemon = start_fake("--drain-seconds", "30")
+    with grpc.insecure_channel(daemon.grpc_target) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        begin = time.monotonic()
+        assert daemon.stop() == 0
+        assert time.monotonic() - begin < 10
+
+
+def test_a_reader_that_outlasts_the_drain_is_cut(start_fake, moed_pb):
+    pb, services = moed_pb
+    daemon = start_fake("--drain-seconds", "0.1", "--log-json")
+    sampling = pb.SamplingOptions(n=16, max_tokens=900, ignore_eos=True, logprobs=20)
+    with slow_socket(daemon, LARGE), grpc.insecure_channel(daemon.grpc_target, SMALL_WINDOW) as channel:
+        answer = services.InferenceStub(channel).Generate(pb.GenerateRequest(text="abc", sampling=sampling))
+        next(answer)
+        wait_generated(daemon, 28800)
+        assert daemon.stop(10) == 0
+        with pytest.raises(grpc.RpcError):
+            list(answer)
+    assert says(daemon, "stopped")
+    lines = [line for line in daemon.log.splitlines() if "request id=" in line and "completion" in line]
+    assert ["outcome=cut" in line for line in lines] == [True, True], lines
+    assert ["status=200" in line or "status=CANCELLED" in line for line in lines] == [True, True], lines
 
 
 def test_a_request_may_take_only_so_long(start_fake):

@@ -20,8 +20,10 @@ namespace {
 
 class GrpcServerTest : public testing::Test {
  protected:
-  void SetUp() override {
-    Settings settings;
+  void SetUp() override { start(Settings()); }
+  void start(Settings settings) {
+    stub_.reset();
+    server_.reset();
     settings.server.grpc_port = 0;
     auto server = GrpcServer::start(settings, service_);
     ASSERT_TRUE(server.ok()) << server.status().message();
@@ -293,6 +295,91 @@ TEST_F(GrpcServerTest, WhatIsReceivedIsBounded) {
     EXPECT_EQ(tokenize(16 << 20), grpc::StatusCode::RESOURCE_EXHAUSTED);
     EXPECT_EQ(tokenize(1000), grpc::StatusCode::OK) << "the server goes on";
   }
+}
+
+TEST_F(GrpcServerTest, AReaderThatTakesNothingIsDropped) {
+  Settings settings;
+  settings.limits.write_seconds = 0.3;
+  start(settings);
+  v1::ChatCompletionRequest request = chat();
+  request.mutable_sampling()->set_max_tokens(100);
+  request.mutable_sampling()->set_n(64);  // more than the client's window holds, if that does not grow
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  const auto stub = v1::Inference::NewStub(grpc::CreateCustomChannel("127.0.0.1:" + std::to_string(server_->port()),
+                                                                     grpc::InsecureChannelCredentials(), arguments));
+  {
+    grpc::ClientContext context;
+    auto reader = stub->StreamChatCompletion(&context, request);
+    v1::ChatCompletionChunk chunk;
+    ASSERT_TRUE(reader->Read(&chunk));
+    EXPECT_TRUE(eventually([&] { return service_.alive == 0; }));
+    while (reader->Read(&chunk)) {
+    }
+    EXPECT_EQ(reader->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  }
+  // The limit is for one piece, not for the whole.
+  service_.token_us = 50'000;
+  request.mutable_sampling()->set_max_tokens(20);
+  request.mutable_sampling()->set_n(1);
+  grpc::ClientContext context;
+  auto reader = stub_->StreamChatCompletion(&context, request);
+  v1::ChatCompletionChunk chunk;
+  while (reader->Read(&chunk)) {
+  }
+  EXPECT_TRUE(reader->Finish().ok());
+}
+
+TEST_F(GrpcServerTest, ConnectionsWithoutACallAreClosed) {
+  Settings settings;
+  settings.limits.idle_seconds = 0.3;
+  start(settings);
+  const auto channel =
+      grpc::CreateChannel("127.0.0.1:" + std::to_string(server_->port()), grpc::InsecureChannelCredentials());
+  const auto stub = v1::Inference::NewStub(channel);
+  service_.token_us = 300'000;
+  for (int i = 0; i < 2; ++i) {  // an answer of 0.9 s, and one after the connection was closed
+    grpc::ClientContext context;
+    v1::ChatCompletionResponse response;
+    EXPECT_TRUE(stub->ChatCompletion(&context, chat(), &response).ok());
+    EXPECT_TRUE(eventually([&] { return channel->GetState(false) == GRPC_CHANNEL_IDLE; }));
+  }
+}
+
+// gRPC's servers allow two pings in five minutes, and a long prefill is as silent.
+TEST_F(GrpcServerTest, ClientsMayPingThroughSilence) {
+  grpc::ChannelArguments arguments;
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 1100);
+  arguments.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
+  arguments.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  const auto channel = grpc::CreateCustomChannel("127.0.0.1:" + std::to_string(server_->port()),
+                                                 grpc::InsecureChannelCredentials(), arguments);
+  service_.token_us = 6'000'000;
+  v1::ChatCompletionRequest request = chat();
+  request.mutable_sampling()->set_max_tokens(1);
+  grpc::ClientContext context;
+  v1::ChatCompletionResponse response;
+  const grpc::Status status = v1::Inference::NewStub(channel)->ChatCompletion(&context, request, &response);
+  EXPECT_TRUE(status.ok()) << status.error_message();
+}
+
+TEST_F(GrpcServerTest, HostsMayHaveBrackets) {
+  Settings settings;
+  settings.server.host = "[127.0.0.1]";
+  start(settings);
+  EXPECT_GT(server_->port(), 0);
+  settings.server.host = "[::1]";
+  settings.server.grpc_port = 0;
+  const auto server = GrpcServer::start(settings, service_);
+  if (!server.ok()) {
+    EXPECT_EQ(server.status().message().find("[["), std::string::npos) << server.status().message();
+    return;  // a machine without IPv6
+  }
+  const auto stub = v1::Inference::NewStub(
+      grpc::CreateChannel("ipv6:[::1]:" + std::to_string((*server)->port()), grpc::InsecureChannelCredentials()));
+  grpc::ClientContext context;
+  v1::GetModelInfoResponse model;
+  EXPECT_TRUE(stub->GetModelInfo(&context, {}, &model).ok());
 }
 
 TEST_F(GrpcServerTest, APortInUseIsAnError) {

@@ -112,6 +112,11 @@ TEST_F(HttpApiTest, FailuresMidway) {
   EXPECT_EQ(status_of(reply), 200);
   EXPECT_NE(reply.find(R"(data: {"error":{"message":"the server is draining")"), std::string::npos);
   EXPECT_EQ(reply.find("[DONE]"), std::string::npos);
+  HttpSocket client(server_->port());
+  client.send("POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: " +
+              std::to_string(stream_.size()) + "\r\n\r\n" + stream_);
+  EXPECT_TRUE(client.read_all(5).ends_with("\r\n0\r\n\r\n"));
+  EXPECT_TRUE(client.closed());
 }
 
 // The head goes out before the first token; comments keep proxies from giving the silence up.
@@ -269,6 +274,26 @@ TEST_F(HttpApiTest, CrossOriginOnlyWhenAllowed) {
   EXPECT_NE(preflight.find("Access-Control-Allow-Origin: https://chat.example\r\n"), std::string::npos);
   EXPECT_EQ(send("OPTIONS", "/v1/chat/completions", "", "Origin: https://evil.example\r\n").find("Access-Control"),
             std::string::npos);
+  EXPECT_NE(send("GET", "/live", "", origin).find("Access-Control-Expose-Headers: X-Request-Id, Retry-After\r\n"),
+            std::string::npos);
+}
+
+// Those of a browser's client: openai-node sends a dozen of its own.
+TEST_F(HttpApiTest, CrossOriginRequestsMayHaveHeadersOfTheirOwn) {
+  Settings settings;
+  settings.server.cors_origin = {"*"};
+  start(settings);
+  const auto allowed = [&](const std::string& asked) {
+    const std::string reply = send("OPTIONS", "/v1/chat/completions", "",
+                                   "Origin: https://chat.example\r\nAccess-Control-Request-Method: POST\r\n" + asked);
+    const size_t at = reply.find("Access-Control-Allow-Headers: ");
+    return at == std::string::npos ? reply : reply.substr(at + 30, reply.find("\r\n", at) - at - 30);
+  };
+  const std::string ours = "Authorization, Content-Type, X-Request-Id";
+  EXPECT_EQ(allowed(""), ours);
+  const std::string theirs = "authorization,content-type,x-stainless-arch,x-stainless-retry-count";
+  EXPECT_EQ(allowed("Access-Control-Request-Headers: " + theirs + "\r\n"), theirs);
+  EXPECT_EQ(allowed("Access-Control-Request-Headers: x-a: b\r\n"), ours) << "no name of a header";
 }
 
 TEST_F(HttpApiTest, LargeBodiesAreParsedElsewhereAndAnswered) {

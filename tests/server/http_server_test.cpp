@@ -4,145 +4,13 @@
 
 #include <atomic>
 #include <chrono>
-#include <mutex>
 #include <thread>
 
-#include "http_socket.h"
+#include "http_server_fixture.h"
 #include "server/http_wire.h"
 
 namespace moed {
 namespace {
-
-using namespace std::chrono_literals;  // NOLINT
-
-// Serves: /echo (the body), /slow (after 50 ms, from another thread), /never, /stream/N (N events, one a millisecond),
-// /silent (a stream of nothing), /flood (a stream without end).
-class TestHandler : public HttpHandler {
- public:
-  std::atomic<int> alive{0}, handled{0}, bodies_seen{0};
-
-  std::optional<HttpReply> admit(HttpRequest& request) override {
-    if (request.path == "/missing") return HttpReply{.status = 404, .body = "no such route"};
-    return std::nullopt;
-  }
-  HttpReply refuse(int status, const std::string& message) override {
-    return HttpReply{.status = status, .content_type = "text/plain", .body = message};
-  }
-  void finish_reply(HttpRequest& request, HttpReply& reply) override {
-    reply.headers.emplace_back("X-Path", request.path);
-  }
-  void finished(const HttpRequest& request, const HttpOutcome& outcome) override {
-    const std::lock_guard lock(mutex_);
-    ended_ += request.method + " " + request.path + " " + std::to_string(outcome.status) + outcome.notes + "\n";
-    least_us_ = std::min(least_us_, outcome.us);
-  }
-  // "METHOD PATH STATUS NOTES" of each request that ended, a line each.
-  std::string ended() const {
-    const std::lock_guard lock(mutex_);
-    return ended_;
-  }
-  int64_t least_us() const {
-    const std::lock_guard lock(mutex_);
-    return least_us_;
-  }
-  std::unique_ptr<HttpTask> handle(HttpRequest request, std::function<void()> wake) override {
-    ++handled;
-    if (!request.body.empty()) ++bodies_seen;
-    return std::make_unique<Task>(*this, std::move(request), std::move(wake));
-  }
-
- private:
-  class Task : public HttpTask {
-   public:
-    Task(TestHandler& owner, HttpRequest request, std::function<void()> wake)
-        : owner_(owner), request_(std::move(request)), wake_(std::move(wake)) {
-      ++owner_.alive;
-      if (request_.path == "/slow" || request_.path.starts_with("/stream/")) {
-        worker_ = std::thread([this] {
-          std::this_thread::sleep_for(request_.path == "/slow" ? 50ms : 1ms);
-          const int events = request_.path == "/slow" ? 1 : std::stoi(request_.path.substr(8));
-          for (int i = 0; i < events && !stop_; ++i) {
-            {
-              const std::lock_guard lock(mutex_);
-              ready_ += "data: " + std::to_string(i) + "\n\n";
-            }
-            wake_();
-            std::this_thread::sleep_for(1ms);
-          }
-          finished_ = true;
-          wake_();
-        });
-      }
-    }
-    ~Task() override {
-      stop_ = true;
-      if (worker_.joinable()) worker_.join();
-      --owner_.alive;
-    }
-    bool streaming() const override {
-      return request_.path.starts_with("/stream/") || request_.path == "/flood" || request_.path == "/silent";
-    }
-    std::string_view ping() const override { return ": ping\n\n"; }
-    std::string notes() const override { return " task=" + request_.path.substr(1); }
-    std::optional<HttpReply> reply() override {
-      if (request_.path == "/never") return std::nullopt;
-      if (streaming()) return HttpReply{.content_type = "text/event-stream"};
-      if (request_.path == "/slow" && !finished_) return std::nullopt;
-      return HttpReply{.content_type = "text/plain", .body = request_.path == "/echo" ? request_.body : request_.path};
-    }
-    bool read(std::string& out) override {
-      if (request_.path == "/flood") {
-        out.append(64 << 10, 'x');
-        return true;
-      }
-      if (request_.path == "/silent") return true;
-      const bool finished = finished_;
-      const std::lock_guard lock(mutex_);
-      out += std::exchange(ready_, {});
-      return !finished;
-    }
-
-   private:
-    TestHandler& owner_;
-    HttpRequest request_;
-    std::function<void()> wake_;
-    std::thread worker_;
-    std::mutex mutex_;
-    std::string ready_;
-    std::atomic<bool> stop_{false}, finished_{false};
-  };
-
-  mutable std::mutex mutex_;
-  std::string ended_;
-  int64_t least_us_ = INT64_MAX;
-};
-
-class HttpServerTest : public testing::Test {
- protected:
-  void start(HttpServerOptions options = {}) {
-    auto server = HttpServer::start(options, handler_);
-    ASSERT_TRUE(server.ok()) << server.status().message();
-    server_ = std::move(server).value();
-  }
-  bool eventually(const std::function<bool()>& holds, double seconds = 5) {
-    for (int i = 0; i < seconds * 200; ++i) {
-      if (holds()) return true;
-      std::this_thread::sleep_for(5ms);
-    }
-    return holds();
-  }
-  static std::string post(const std::string& path, const std::string& body, const std::string& headers = "") {
-    return "POST " + path + " HTTP/1.1\r\nHost: x\r\nContent-Length: " + std::to_string(body.size()) + "\r\n" +
-           headers + "\r\n" + body;
-  }
-  static std::string get(const std::string& path, const std::string& headers = "") {
-    return "GET " + path + " HTTP/1.1\r\nHost: x\r\n" + headers + "\r\n";
-  }
-  static std::string body_of(const std::string& reply) { return reply.substr(reply.find("\r\n\r\n") + 4); }
-
-  TestHandler handler_;
-  std::unique_ptr<HttpServer> server_;
-};
 
 TEST_F(HttpServerTest, KeepsTheConnectionAndEchoesPlainAndChunkedBodies) {
   start();
@@ -448,7 +316,13 @@ TEST_F(HttpServerTest, EachRequestIsToldOfOnce) {
   ask("GET /long HTTP/1.1\r\nX: " + std::string(3000, 'a') + "\r\n\r\n", "GET /long 431");
   ask("GET /slow HTTP/1.1\r\nHost:", "GET /slow 408");
   ask("nonsense\r\n\r\n", "  400");
-  ask(get("/stream/3"), "GET /stream/3 200 task=stream/3");
+  {
+    HttpSocket client(server_->port());
+    client.send(get("/stream/3"));
+    client.read_until("\r\n0\r\n\r\n");
+  }
+  expected += "GET /stream/3 200 task=stream/3\n";
+  EXPECT_TRUE(eventually([&] { return handler_.ended() == expected; })) << handler_.ended();
   EXPECT_GE(handler_.least_us(), 0);
   EXPECT_LT(handler_.least_us(), 300'000);
   {
@@ -456,7 +330,7 @@ TEST_F(HttpServerTest, EachRequestIsToldOfOnce) {
     leaves.send(get("/never"));
     ASSERT_TRUE(eventually([&] { return handler_.alive == 1; }));
   }
-  expected += "GET /never 0 task=never\n";
+  expected += "GET /never 0 task=never left\n";
   EXPECT_TRUE(eventually([&] { return handler_.ended() == expected; })) << handler_.ended();
   HttpSocket silent(server_->port());  // no request, no line
   EXPECT_EQ(silent.read_all(3), "");
@@ -516,6 +390,17 @@ TEST_F(HttpServerTest, ReportsThePortAndRefusesOneInUse) {
   const auto second = HttpServer::start({.port = server_->port()}, handler_);
   ASSERT_FALSE(second.ok());
   EXPECT_NE(second.status().message().find(std::to_string(server_->port())), std::string::npos);
+}
+
+TEST_F(HttpServerTest, HostsMayHaveBrackets) {
+  start({.host = "[127.0.0.1]"});
+  EXPECT_EQ(server_->addresses().front(), "127.0.0.1:" + std::to_string(server_->port()));
+  const auto v6 = HttpServer::start({.host = "[::1]"}, handler_);
+  if (v6.ok()) {  // a machine with IPv6
+    EXPECT_EQ((*v6)->addresses().front(), "[::1]:" + std::to_string((*v6)->port()));
+  } else {
+    EXPECT_EQ(v6.status().message().find("[["), std::string::npos) << v6.status().message();
+  }
 }
 
 TEST_F(HttpServerTest, ManyStreamsAtOnce) {
