@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <string>
+#include <utility>
 
 namespace moed {
 namespace {
@@ -98,8 +99,7 @@ StatusOr<Request> Request::make(RequestSpec spec, const RequestLimits& limits) {
   MOED_RETURN_IF_ERROR(check_sampling(spec.sampling, limits));
   MOED_RETURN_IF_ERROR(check_stops(spec, limits));
 
-  std::vector<int32_t>& forbidden = spec.sampling.forbidden_until_min;
-  forbidden.clear();
+  std::vector<int32_t> forbidden;
   if (spec.sampling.min_tokens > 0) {
     forbidden = spec.stop_token_ids;
     if (!spec.ignore_eos) forbidden.insert(forbidden.end(), spec.eos_token_ids.begin(), spec.eos_token_ids.end());
@@ -113,6 +113,7 @@ StatusOr<Request> Request::make(RequestSpec spec, const RequestLimits& limits) {
   if (!forbidden.empty() && !allowed.empty() && std::ranges::all_of(allowed, is_forbidden)) {
     return invalid_argument("allowed_token_ids holds only tokens that min_tokens forbids", "allowed_token_ids");
   }
+  spec.sampling.forbidden_until_min = std::move(forbidden);
   return Request(std::move(spec));
 }
 

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/shared_vector.h"
 #include "base/status.h"
 #include "scheduler/scheduler.h"
 #include "server/service.h"
@@ -16,7 +17,7 @@
 namespace moed {
 
 struct ChoiceTextOptions {
-  std::vector<std::string> stop;
+  SharedVector<std::string> stop;
   bool include_stop = false;  // the stop string, or the stop token's text, stays in the answer
   bool skip_special_tokens = true;
   int32_t min_tokens = 0;  // stop strings are not looked for before

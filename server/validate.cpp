@@ -77,10 +77,59 @@ Status check_range(const char* field, int64_t value, int64_t low, int64_t high) 
                           field);
 }
 
+Status check_count(const char* field, size_t count, int64_t most, const char* setting) {
+  if (static_cast<int64_t>(count) <= most) return Status();
+  return invalid_argument(std::string(field) + " holds " + std::to_string(count) + " entries, the limit is " +
+                              std::to_string(most) + " (" + setting + ")",
+                          field);
+}
+
 // Requests without a seed draw one; those with one may give any 64-bit number.
 uint64_t fresh_seed() {
   thread_local std::mt19937_64 generator{std::random_device{}()};
   return generator();
+}
+
+Status fill_logit_bias(const GenerationParams& params, const ValidationContext& context, SamplingParams& sampling) {
+  MOED_RETURN_IF_ERROR(
+      check_count("logit_bias", params.logit_bias.size(), context.limits.logit_bias_max, "limits.logit_bias_max"));
+  std::vector<std::pair<int32_t, float>> biases;
+  for (const auto& [token, bias] : params.logit_bias) {
+    MOED_RETURN_IF_ERROR(check_range("logit_bias", token, 0, context.vocab_size - 1));
+    biases.emplace_back(static_cast<int32_t>(token), static_cast<float>(bias));
+  }
+  sampling.logit_bias = std::move(biases);
+  return Status();
+}
+
+// Each id once, in order: a list may name the vocabulary many times over.
+Status fill_allowed(const GenerationParams& params, const ValidationContext& context, SamplingParams& sampling) {
+  if (!params.allowed_token_ids.has_value()) return Status();
+  if (params.allowed_token_ids->empty()) {
+    return invalid_argument("allowed_token_ids must not be empty", "allowed_token_ids");
+  }
+  std::vector<bool> named(static_cast<size_t>(context.vocab_size));
+  for (const int64_t token : *params.allowed_token_ids) {
+    MOED_RETURN_IF_ERROR(check_range("allowed_token_ids", token, 0, context.vocab_size - 1));
+    named[static_cast<size_t>(token)] = true;
+  }
+  std::vector<int32_t> allowed;
+  for (int32_t token = 0; token < context.vocab_size; ++token) {
+    if (named[token]) allowed.push_back(token);
+  }
+  sampling.allowed_token_ids = std::move(allowed);
+  return Status();
+}
+
+// Checked before anything is copied: each prompt's request has the list.
+Status fill_stop_ids(const GenerationParams& params, const ValidationContext& context, RequestSpec& spec) {
+  MOED_RETURN_IF_ERROR(check_count("stop_token_ids", params.stop_token_ids.size(), context.limits.stop_token_ids_max,
+                                   "limits.stop_token_ids_max"));
+  for (const int64_t token : params.stop_token_ids) {
+    MOED_RETURN_IF_ERROR(check_range("stop_token_ids", token, 0, context.vocab_size - 1));
+    spec.stop_token_ids.push_back(static_cast<int32_t>(token));
+  }
+  return Status();
 }
 
 Status fill_sampling(const GenerationParams& params, const ValidationContext& context, SamplingParams& sampling) {
@@ -98,19 +147,8 @@ Status fill_sampling(const GenerationParams& params, const ValidationContext& co
   MOED_RETURN_IF_ERROR(check_range("min_tokens", min_tokens, 0, kInt32Max));
   sampling.min_tokens = static_cast<int32_t>(min_tokens);
   sampling.seed = params.seed.has_value() ? static_cast<uint64_t>(*params.seed) : fresh_seed();
-  for (const auto& [token, bias] : params.logit_bias) {
-    MOED_RETURN_IF_ERROR(check_range("logit_bias", token, 0, context.vocab_size - 1));
-    sampling.logit_bias.emplace_back(static_cast<int32_t>(token), static_cast<float>(bias));
-  }
-  if (params.allowed_token_ids.has_value()) {
-    if (params.allowed_token_ids->empty()) {
-      return invalid_argument("allowed_token_ids must not be empty", "allowed_token_ids");
-    }
-    for (const int64_t token : *params.allowed_token_ids) {
-      MOED_RETURN_IF_ERROR(check_range("allowed_token_ids", token, 0, context.vocab_size - 1));
-      sampling.allowed_token_ids.push_back(static_cast<int32_t>(token));
-    }
-  }
+  MOED_RETURN_IF_ERROR(fill_logit_bias(params, context, sampling));
+  MOED_RETURN_IF_ERROR(fill_allowed(params, context, sampling));
   const int64_t logprobs = params.logprobs.value_or(-1);
   const int64_t prompt_logprobs = params.prompt_logprobs.value_or(-1);
   const char* logprobs_field = params.chat ? "top_logprobs" : "logprobs";
@@ -121,11 +159,7 @@ Status fill_sampling(const GenerationParams& params, const ValidationContext& co
 }
 
 Status check_stops(const GenerationParams& params, const Settings::Limits& limits) {
-  if (static_cast<int64_t>(params.stop.size()) > limits.stop_max) {
-    return invalid_argument("stop holds " + std::to_string(params.stop.size()) + " strings, the limit is " +
-                                std::to_string(limits.stop_max) + " (limits.stop_max)",
-                            "stop");
-  }
+  MOED_RETURN_IF_ERROR(check_count("stop", params.stop.size(), limits.stop_max, "limits.stop_max"));
   for (const std::string& stop : params.stop) {
     if (stop.empty()) return invalid_argument("stop must not hold an empty string", "stop");
     if (static_cast<int64_t>(stop.size()) > limits.stop_bytes_max) {
@@ -140,11 +174,8 @@ Status check_stops(const GenerationParams& params, const Settings::Limits& limit
 // As vLLM does it: a word is banned at the beginning of a text and, where that is one word as well, behind a space.
 Status fill_bad_words(const GenerationParams& params, const ValidationContext& context, SamplingParams& sampling) {
   const Settings::Limits& limits = context.limits;
-  if (static_cast<int64_t>(params.bad_words.size()) > limits.bad_words_max) {
-    return invalid_argument("bad_words holds " + std::to_string(params.bad_words.size()) + " words, the limit is " +
-                                std::to_string(limits.bad_words_max) + " (limits.bad_words_max)",
-                            "bad_words");
-  }
+  MOED_RETURN_IF_ERROR(check_count("bad_words", params.bad_words.size(), limits.bad_words_max, "limits.bad_words_max"));
+  std::vector<std::vector<int32_t>> words;
   for (const std::string& given : params.bad_words) {
     const std::string word = given.substr(std::min(given.find_first_not_of(" \t\r\n"), given.size()));
     if (word.empty()) return invalid_argument("bad_words must not hold an empty word", "bad_words");
@@ -158,10 +189,11 @@ Status fill_bad_words(const GenerationParams& params, const ValidationContext& c
                           context.tokenizer->encode(" " + word, /*add_special_tokens=*/false));
     if (alone.empty()) continue;
     if (spaced.size() == alone.size() && spaced.front() != alone.front()) {
-      sampling.bad_words.push_back(std::move(spaced));
+      words.push_back(std::move(spaced));
     }
-    sampling.bad_words.push_back(std::move(alone));
+    words.push_back(std::move(alone));
   }
+  sampling.bad_words = std::move(words);
   return Status();
 }
 
@@ -361,10 +393,7 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
   MOED_RETURN_IF_ERROR(fill_sampling(params, context, common.sampling));
   MOED_RETURN_IF_ERROR(check_stops(params, context.limits));
   MOED_RETURN_IF_ERROR(fill_bad_words(params, context, common.sampling));
-  for (const int64_t token : params.stop_token_ids) {
-    MOED_RETURN_IF_ERROR(check_range("stop_token_ids", token, 0, context.vocab_size - 1));
-    common.stop_token_ids.push_back(static_cast<int32_t>(token));
-  }
+  MOED_RETURN_IF_ERROR(fill_stop_ids(params, context, common));
   common.eos_token_ids = context.eos_token_ids;
   common.ignore_eos = params.ignore_eos;
 

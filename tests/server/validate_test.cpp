@@ -277,6 +277,39 @@ TEST_F(ValidateTest, BadWordsAreTokenisedAloneAndBehindASpace) {
   EXPECT_TRUE(check(params).ok());
 }
 
+// What every prompt and every choice of a call carries is held once, however often the client spelled it.
+TEST_F(ValidateTest, ListsAreHeldOnceACall) {
+  GenerationParams params = completion("a");
+  params.prompts.resize(3, {"a", {}, false});
+  params.allowed_token_ids = std::vector<int64_t>(100'000, 5);
+  params.allowed_token_ids->push_back(4);
+  params.logit_bias = {{5, 1.0}};
+  params.bad_words = {"b"};
+  params.min_tokens = 1;
+  const auto valid = validate(params, context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  ASSERT_EQ(valid->requests.size(), 3U);
+  const SamplingParams& first = valid->requests[0].sampling;
+  EXPECT_EQ(first.allowed_token_ids, (std::vector<int32_t>{4, 5}));
+  for (const RequestSpec& spec : valid->requests) {
+    const SamplingParams copy = Request::make(spec, request_limits(context_))->spec().sampling;
+    EXPECT_EQ(copy.allowed_token_ids.begin(), first.allowed_token_ids.begin()) << "the same memory";
+    EXPECT_EQ(copy.logit_bias.begin(), first.logit_bias.begin());
+    EXPECT_EQ(copy.bad_words.begin(), first.bad_words.begin());
+  }
+}
+
+// Refused by validate() itself: behind it each prompt has its copy.
+TEST_F(ValidateTest, LongListsAreRefusedBeforeTheyAreCopied) {
+  GenerationParams params = completion("a");
+  params.stop_token_ids.assign(65, 1);
+  EXPECT_EQ(validate(params, context_).status().message(),
+            "stop_token_ids holds 65 entries, the limit is 64 (limits.stop_token_ids_max)");
+  params.stop_token_ids.clear();
+  params.logit_bias.assign(1025, {1, 1.0});
+  EXPECT_EQ(validate(params, context_).status().param(), "logit_bias");
+}
+
 TEST_F(ValidateTest, EachLimitIsItsSetting) {
   const auto with = [](auto set) {
     GenerationParams params = completion("a");
