@@ -20,7 +20,7 @@ struct ChoiceTextOptions {
   SharedVector<std::string> stop;
   bool include_stop = false;  // the stop string, or the stop token's text, stays in the answer
   bool skip_special_tokens = true;
-  int32_t min_tokens = 0;  // stop strings are not looked for before
+  int32_t min_tokens = 0;  // stop strings are not looked for in the first so many tokens
   bool logprobs = false;   // deltas carry logprobs
 };
 
@@ -45,7 +45,7 @@ class ChoiceText {
   struct Held {
     TokenText token;
     int64_t begin = 0;  // where its text begins in the answer, bytes
-    int64_t end = 0;
+    int64_t end = 0;    // at least one byte behind that
   };
   void release(std::string_view text, Delta& delta);
   void end(FinishReason reason, Delta& delta);
