@@ -325,6 +325,25 @@ TEST(OpenAiAnswer, CompletionLogprobsWithEcho) {
   EXPECT_EQ(logprobs["top_logprobs"][2]["rest"], -9999.0);
 }
 
+// Several tokens that are parts of characters read alike to a JSON parser: each keeps a name and a number of its own.
+TEST(OpenAiAnswer, TokensThatAreNoTextHaveNamesOfTheirOwn) {
+  auto call = completion(R"("logprobs":6)");
+  PlainAnswer answer(*call, {"cmpl-1", 17, "m"});
+  TokenText chosen{.token = 5, .bytes = "\xe2\x82", .logprob = -2.0F};
+  chosen.top = {{1, "\xe2", -0.5F},       {2, "\x82", -1.0F}, {3, "\xff", -1.5F}, {5, "\xe2\x82", -2.0F},
+                {4, "\xed\xa0\x80", -3.0F}, {6, "€", -4.0F}};
+  answer.add({.choice = 0, .text = "", .tokens = {chosen}, .finish = FinishReason::kLength});
+  const Json logprobs = Json::parse(answer.json({}, 1))["choices"][0]["logprobs"];
+  EXPECT_EQ(logprobs["tokens"], Json::parse(R"(["bytes:\\xe2\\x82"])"));
+  const Json& top = logprobs["top_logprobs"][0];
+  EXPECT_EQ(top.size(), 6U) << top;
+  EXPECT_EQ(top["bytes:\\xe2"], -0.5);
+  EXPECT_EQ(top["bytes:\\xff"], -1.5);
+  EXPECT_EQ(top["bytes:\\xe2\\x82"], -2.0);
+  EXPECT_EQ(top["bytes:\\xed\\xa0\\x80"], -3.0) << "a surrogate is no character";
+  EXPECT_EQ(top["€"], -4.0);
+}
+
 std::vector<Json> events(const std::string& stream) {
   std::vector<Json> out;
   for (size_t at = 0; at < stream.size();) {
