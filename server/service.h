@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/shared_vector.h"
 #include "base/status.h"
 #include "scheduler/request.h"
 
@@ -83,7 +84,7 @@ struct Delta {
   int32_t stop_token = -1;                    // the stop token id that ended it, or -1
   bool has_prompt = false;  // the first delta of a choice when echo, prompt_logprobs or return_token_ids was asked for
   std::string prompt_text;
-  std::vector<TokenText> prompt_tokens;
+  SharedVector<TokenText> prompt_tokens;  // one list for all choices of a prompt
   std::vector<int32_t> prompt_token_ids;  // with return_token_ids
 };
 
