@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <random>
@@ -16,10 +17,17 @@ constexpr int64_t kInt32Max = std::numeric_limits<int32_t>::max();
 constexpr int64_t kJsonCharacterBytes = 6;  // \u0000
 constexpr int64_t kChatSlackBytes = 1 << 20;
 constexpr double kTemperatureMax = 2.0;    // of a request, as scheduler/request.cpp has it
+constexpr double kTopPMin = 1e-6;          // the best token alone; a request's is above 0
 constexpr int32_t kCompletionTokens = 16;  // OpenAI's default of /v1/completions
 
 std::string in_message(size_t index, const char* field) {
   return "messages[" + std::to_string(index) + "]" + (*field != '\0' ? "." : "") + field;
+}
+
+std::string shown(double value) {
+  char text[32];
+  std::snprintf(text, sizeof text, "%g", value);
+  return text;
 }
 
 // The text parts of a message's content, joined as vLLM joins them.
@@ -364,11 +372,19 @@ StatusOr<TokenizeResult> tokenize_text(const TokenizeParams& params, const Valid
 }
 
 std::string clamp_defaults(GenerationDefaults& defaults) {
-  if (defaults.temperature <= kTemperatureMax) return "";
-  std::string line = "generation_config.json: temperature is " + std::to_string(defaults.temperature) +
-                     ", above what requests may ask for; " + std::to_string(kTemperatureMax) + " is the default";
-  defaults.temperature = kTemperatureMax;
-  return line;
+  std::string changes;
+  const auto clamp = [&](const char* name, double& value, double low, double high) {
+    const double within = std::clamp(value, low, high);
+    if (within == value) return;
+    changes += std::string(changes.empty() ? "" : ", ") + name + " " + shown(value) + " becomes " + shown(within);
+    value = within;
+  };
+  clamp("temperature", defaults.temperature, 0.0, kTemperatureMax);
+  clamp("top_p", defaults.top_p, kTopPMin, 1.0);
+  clamp("min_p", defaults.min_p, 0.0, 1.0);
+  clamp("repetition_penalty", defaults.repetition_penalty, double{kRepetitionPenaltyMin},
+        double{kRepetitionPenaltyMax});
+  return changes.empty() ? "" : "generation_config.json: what requests may not ask for is no default: " + changes;
 }
 
 RequestLimits request_limits(const ValidationContext& context) {

@@ -422,7 +422,18 @@ TEST_F(ValidateTest, DefaultsOfTheModelAreClamped) {
   defaults.temperature = 3.5;
   context_.defaults = defaults;
   EXPECT_FALSE(check(completion("a")).ok());
-  EXPECT_NE(clamp_defaults(defaults).find("temperature is 3.5"), std::string::npos);
+  defaults.top_p = 0.0;
+  defaults.min_p = 1.5;
+  defaults.repetition_penalty = 0.0;
+  EXPECT_EQ(clamp_defaults(defaults),
+            "generation_config.json: what requests may not ask for is no default: temperature 3.5 becomes 2, top_p 0 "
+            "becomes 1e-06, min_p 1.5 becomes 1, repetition_penalty 0 becomes 0.01");
+  context_.defaults = defaults;
+  EXPECT_TRUE(check(completion("a")).ok());
+  EXPECT_EQ(clamp_defaults(defaults), "");
+  defaults.top_p = 1.5;
+  defaults.repetition_penalty = 101.0;
+  clamp_defaults(defaults);
   context_.defaults = defaults;
   EXPECT_TRUE(check(completion("a")).ok());
 }
