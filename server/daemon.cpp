@@ -26,7 +26,7 @@ constexpr int kTextThreads = 2;
 constexpr int64_t kHeartbeatMaxUs = 60'000'000;
 // Between two lines of the log about loading.
 constexpr int64_t kProgressUs = 2'000'000;
-// Events that a door may leave unread before its request is dropped.
+// Events of a choice that a door may leave unread before its request is dropped.
 constexpr size_t kEventsMax = 16'384;
 
 double gib(int64_t bytes) { return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30); }

@@ -38,7 +38,9 @@ void GenerationImpl::run(ValidGeneration valid, const RequestLimits& limits, Req
   }
   std::vector<std::shared_ptr<RequestStream>> streams;
   for (size_t i = 0; i < requests.size(); ++i) {
-    streams.push_back(std::make_shared<RequestStream>(events_max, wake_, [loop = loop_] { loop->signal(); }));
+    const size_t num_choices = static_cast<size_t>(requests[i].spec().n);
+    streams.push_back(
+        std::make_shared<RequestStream>(events_max * num_choices, wake_, [loop = loop_] { loop->signal(); }));
   }
   attach(std::move(valid), streams);
   for (size_t i = 0; i < requests.size(); ++i) {

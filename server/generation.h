@@ -22,7 +22,8 @@ class GenerationImpl final : public Generation {
   GenerationImpl(int64_t arrival_us, const Tokenizer* tokenizer, ServingLoop* loop, std::function<void()> wake);
   ~GenerationImpl() override;
 
-  // Text pool, at most one of them, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs.
+  // Text pool, at most one of them, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs;
+  // events_max: a choice, that the door may leave unread.
   void refuse(Status status) MOED_EXCLUDES(mutex_);
   void run(ValidGeneration valid, const RequestLimits& limits, RequestId first_id, size_t events_max)
       MOED_EXCLUDES(mutex_);
