@@ -22,6 +22,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kTextThreads = 2;
+constexpr size_t kNameBytesMax = 128;  // of a name that an error repeats
 // A pass that has not reached a layer boundary for so long hangs.
 constexpr int64_t kHeartbeatMaxUs = 60'000'000;
 // Between two lines of the log about loading.
@@ -65,6 +66,15 @@ int64_t text_bytes(const GenerationParams& params) {
   if (params.allowed_token_ids) bytes += params.allowed_token_ids->size() * sizeof(int64_t);
   bytes += params.logit_bias.size() * sizeof params.logit_bias.front();
   return static_cast<int64_t>(bytes);
+}
+
+// A client's model name may be as long as a body, and errors travel in gRPC's metadata.
+std::string shown_name(std::string_view name) {
+  std::string shown;
+  for (const char c : name.substr(0, kNameBytesMax)) {
+    shown += c >= 0x20 && c < 0x7f ? std::string(1, c) : fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
+  }
+  return name.size() > kNameBytesMax ? shown + "..." : shown;
 }
 
 std::string joined(const std::vector<std::string>& names) {
@@ -316,8 +326,9 @@ Loads Daemon::loads() const {
 
 Status Daemon::check_model(const std::string& name) const {
   if (name.empty() || std::find(names_.begin(), names_.end(), name) != names_.end()) return Status();
-  return Status(StatusCode::kNotFound, "The model `" + name + "` does not exist; this server has: " + joined(names_),
-                "model", "model_not_found");
+  return Status(StatusCode::kNotFound,
+                "The model `" + shown_name(name) + "` does not exist; this server has: " + joined(names_), "model",
+                "model_not_found");
 }
 
 std::string Daemon::info_json() const {
