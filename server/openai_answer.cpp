@@ -295,16 +295,19 @@ void StreamAnswer::add_chat(const Delta& delta, const WireJson& usage, std::stri
           with_ids ? &delta.prompt_token_ids : nullptr);
   }
   state.unsent_ids.insert(state.unsent_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
-  if (!delta.text.empty() || has_scores) {
+  const bool has_end = delta.finish != FinishReason::kNone;
+  const auto scores = [&] { return has_scores ? chat_logprobs(delta.tokens, *call_.params.logprobs) : WireJson(); };
+  // Scores without text, of the token that ended the choice, go with its end.
+  const bool has_content = !delta.text.empty() || (has_scores && !has_end);
+  if (has_content) {
     WireJson content = WireJson::object();
     content["content"] = delta.text;
-    WireJson scores = has_scores ? chat_logprobs(delta.tokens, *call_.params.logprobs) : WireJson();
-    WireJson json = choice_json(std::move(content), std::move(scores), nullptr);
+    WireJson json = choice_json(std::move(content), scores(), nullptr);
     if (with_ids) json["token_ids"] = std::exchange(state.unsent_ids, {});
     event(WireJson::array({std::move(json)}), usage, out);
   }
-  if (delta.finish == FinishReason::kNone) return;
-  WireJson json = choice_json(WireJson::object(), nullptr, finish_json(delta.finish));
+  if (!has_end) return;
+  WireJson json = choice_json(WireJson::object(), has_content ? WireJson() : scores(), finish_json(delta.finish));
   WireJson stop = stop_reason_json(delta.stop_text, delta.stop_token, call_);
   if (!stop.is_null()) json["stop_reason"] = std::move(stop);
   if (with_ids) json["token_ids"] = std::exchange(state.unsent_ids, {});

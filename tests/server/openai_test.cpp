@@ -95,6 +95,9 @@ TEST(OpenAiRequest, AcceptedAsNothing) {
       chat(R"("tools":[],"tool_choice":"none","response_format":{"type":"text"},"stop":[],"functions":[])").ok());
   EXPECT_TRUE(completion(R"("suffix":"","best_of":1,"use_beam_search":false,"bad_words":[])").ok());
   EXPECT_TRUE(completion(R"("best_of":4,"n":4)").ok());
+  EXPECT_TRUE(chat(R"("guided_json":false,"documents":false,"audio":false,"chat_template":"")").ok());
+  EXPECT_FALSE(chat(R"("stream":true,"prompt_logprobs":0)")->params.prompt_logprobs.has_value());
+  EXPECT_EQ(chat(R"("prompt_logprobs":0)")->params.prompt_logprobs, 0);
   EXPECT_EQ(chat(R"("max_tokens":5.0)")->params.max_tokens, 5);
 }
 
@@ -389,6 +392,22 @@ TEST(OpenAiAnswer, ChatStream) {
   EXPECT_EQ(all[7], "[DONE]");
 }
 
+// The score of a token that ended the choice has no text to go with.
+TEST(OpenAiAnswer, ChatStreamsHaveNoEmptyChunkForTheStopTokensScore) {
+  auto call = chat(R"("stream":true,"logprobs":true)");
+  StreamAnswer answer(*call, {"chatcmpl-1", 17, "m"});
+  std::string out;
+  answer.add({.choice = 0, .text = "a", .tokens = {token(1, "a", -1.0F)}}, {}, out);
+  answer.add({.choice = 0, .text = "", .tokens = {token(2, "<eos>", -2.0F)}, .finish = FinishReason::kStop}, {}, out);
+  const std::vector<Json> all = events(out);
+  ASSERT_EQ(all.size(), 3U) << out;
+  EXPECT_EQ(all[1]["choices"][0]["logprobs"]["content"][0]["token"], "a");
+  const Json& last = all[2]["choices"][0];
+  EXPECT_EQ(last["delta"], Json::object());
+  EXPECT_EQ(last["finish_reason"], "stop");
+  EXPECT_EQ(last["logprobs"]["content"][0]["logprob"], -2.0);
+}
+
 TEST(OpenAiAnswer, StreamsWithoutUsageDoNotMentionIt) {
   auto call = completion(R"("stream":true,"logprobs":1)");
   StreamAnswer answer(*call, {"cmpl-1", 17, "m"});
@@ -406,11 +425,13 @@ TEST(OpenAiAnswer, StreamsWithoutUsageDoNotMentionIt) {
 }
 
 TEST(OpenAiAnswer, ContinuousUsage) {
-  auto call = chat(R"("stream":true,"stream_options":{"continuous_usage_stats":true})");
+  auto call = chat(R"("stream":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true})");
   StreamAnswer answer(*call, {"chatcmpl-1", 17, "m"});
   std::string out;
   answer.add({.choice = 0, .text = "a", .num_tokens = 4}, {.prompt_tokens = 2, .completion_tokens = 9}, out);
   EXPECT_EQ(events(out).back()["usage"]["completion_tokens"], 4);
+  EXPECT_FALSE(chat(R"("stream":true,"stream_options":{"continuous_usage_stats":true})")->continuous_usage)
+      << "it says how usage is told, not that it is";
 }
 
 TEST(OpenAiAnswer, PromptLogprobs) {
