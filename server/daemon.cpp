@@ -192,6 +192,7 @@ Status Daemon::load(const BackendFactory& factory) {
   context.vocab_size = loaded->model.config.vocab_size;
   context.max_model_len = budget.max_model_len;
   context.limits = settings_.limits;
+  context.scheduler = settings_.scheduler;
 
   const SchedulerConfig scheduling = scheduler_config(budget, loaded->backend->planning().kv);
   MOED_RETURN_IF_ERROR(validate(scheduling));

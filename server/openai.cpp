@@ -152,6 +152,7 @@ void read_chat_logprobs(BodyFields& fields, GenerationParams& params) {
   if (top && !wanted) return fields.fail("top_logprobs", "needs logprobs to be true");
   if (top && *top < 0) return fields.fail("top_logprobs", "must not be negative");
   if (wanted) params.logprobs = top.value_or(0);
+  params.logprobs_field = "top_logprobs";
 }
 
 StatusOr<std::vector<int64_t>> token_ids(const WireJson& array, const std::string& param) {
@@ -207,7 +208,10 @@ StatusOr<OpenAiCall> read_chat(BodyFields& fields) {
   call.params.chat = true;
   read_messages(fields, call.params.messages_json);
   read_common(fields, call);
-  fields.read("max_completion_tokens", call.params.max_tokens);  // the newer name wins
+  if (fields.find("max_completion_tokens") != nullptr) {  // the newer name wins
+    fields.read("max_completion_tokens", call.params.max_tokens);
+    call.params.max_tokens_field = "max_completion_tokens";
+  }
   read_chat_logprobs(fields, call.params);
   read_tools(fields);
   fields.read_object("chat_template_kwargs", call.params.template_kwargs_json);

@@ -49,6 +49,25 @@ StatusOr<std::string> join_parts(const Json& parts, size_t index) {
   return joined;
 }
 
+Status not_supported(const std::string& what, const std::string& param) {
+  return Status(StatusCode::kUnimplemented, what + " is not supported yet", param, "unsupported_parameter");
+}
+
+// Templates would print what they make of it: better no answer than one to another question.
+Status refuse_tools(const Json& message, size_t index) {
+  for (const char* const role : {"tool", "function"}) {
+    if (message["role"] == role) {
+      return not_supported("role \"" + std::string(role) + "\"", in_message(index, "role"));
+    }
+  }
+  for (const char* const field : {"tool_calls", "tool_call_id", "function_call"}) {
+    if (!message.contains(field) || message[field].is_null()) continue;
+    if (message[field].is_structured() && message[field].empty()) continue;
+    return not_supported(in_message(index, field), in_message(index, field));
+  }
+  return Status();
+}
+
 Status check_message(Json& message, size_t index, const ChatTemplate& chat_template) {
   if (!message.is_object())
     return invalid_argument(in_message(index, "") + " must be an object", in_message(index, ""));
@@ -58,6 +77,7 @@ Status check_message(Json& message, size_t index, const ChatTemplate& chat_templ
   if (message.contains("name") && !message["name"].is_string() && !message["name"].is_null()) {
     return invalid_argument(in_message(index, "name") + " must be a string", in_message(index, "name"));
   }
+  MOED_RETURN_IF_ERROR(refuse_tools(message, index));
   if (message["role"] == "developer" && !chat_template.knows_developer_role()) message["role"] = "system";
   const bool may_lack_content = message["role"] == "assistant";
   if (!message.contains("content") || message["content"].is_null()) {
@@ -159,8 +179,7 @@ Status fill_sampling(const GenerationParams& params, const ValidationContext& co
   MOED_RETURN_IF_ERROR(fill_allowed(params, context, sampling));
   const int64_t logprobs = params.logprobs.value_or(-1);
   const int64_t prompt_logprobs = params.prompt_logprobs.value_or(-1);
-  const char* logprobs_field = params.chat ? "top_logprobs" : "logprobs";
-  MOED_RETURN_IF_ERROR(check_range(logprobs_field, logprobs, -1, context.limits.top_logprobs_max));
+  MOED_RETURN_IF_ERROR(check_range(params.logprobs_field, logprobs, -1, context.limits.top_logprobs_max));
   MOED_RETURN_IF_ERROR(check_range("prompt_logprobs", prompt_logprobs, -1, context.limits.top_logprobs_max));
   sampling.num_logprobs = static_cast<int32_t>(std::max(logprobs, prompt_logprobs));
   return Status();
@@ -203,15 +222,6 @@ Status fill_bad_words(const GenerationParams& params, const ValidationContext& c
   }
   sampling.bad_words = std::move(words);
   return Status();
-}
-
-Status context_overflow(int64_t prompt_tokens, int64_t new_tokens, int32_t max_model_len, const char* field) {
-  return Status(StatusCode::kInvalidArgument,
-                "This model's maximum context length is " + std::to_string(max_model_len) +
-                    " tokens. However, you requested " + std::to_string(prompt_tokens + new_tokens) + " tokens (" +
-                    std::to_string(prompt_tokens) + " in the prompt, " + std::to_string(new_tokens) +
-                    " to generate). Please shorten the prompt or reduce max_tokens.",
-                field, "context_length_exceeded");
 }
 
 // Refuses, before the tokenizer sees it, text of which even the longest tokens would be too many.
@@ -285,6 +295,12 @@ StatusOr<std::vector<TokenizedPrompt>> completion_prompts(const GenerationParams
                                 std::to_string(context.limits.prompts_max) + " (limits.prompts_max)",
                             "prompt");
   }
+  if (static_cast<int64_t>(params.prompts.size()) > context.scheduler.queue_max) {
+    return invalid_argument("prompt holds " + std::to_string(params.prompts.size()) +
+                                " prompts, more than can wait at once: " + std::to_string(context.scheduler.queue_max) +
+                                " (scheduler.queue_max)",
+                            "prompt");
+  }
   std::vector<TokenizedPrompt> prompts;
   for (const PromptInput& input : params.prompts) {
     TokenizedPrompt prompt;
@@ -303,6 +319,21 @@ StatusOr<std::vector<TokenizedPrompt>> completion_prompts(const GenerationParams
   return prompts;
 }
 
+bool wants_prompt_scores(const GenerationParams& params) {
+  return params.prompt_logprobs.has_value() || (params.echo && params.logprobs.has_value());
+}
+
+int64_t scored_tokens(const GenerationParams& params, int64_t num_prompt, int64_t num_new) {
+  return (wants_prompt_scores(params) ? num_prompt : 0) + (params.logprobs.has_value() ? num_new : 0);
+}
+
+// How long the answers to one prompt may become for limits.scores_max; at least 1.
+int64_t scored_rest(const GenerationParams& params, int64_t num_prompt, const ValidationContext& context) {
+  if (!params.logprobs.has_value()) return kInt32Max;
+  const int64_t a_token = params.n * (std::max(*params.logprobs, params.prompt_logprobs.value_or(0)) + 1);
+  return std::max<int64_t>(1, context.limits.scores_max / a_token - scored_tokens(params, num_prompt, 0));
+}
+
 // How many tokens to generate: what was asked for, if it fits; else the door's default within what is left.
 StatusOr<int32_t> new_tokens(const GenerationParams& params, int64_t num_prompt, const ValidationContext& context) {
   const char* prompt_field = params.chat ? "messages" : "prompt";
@@ -310,16 +341,45 @@ StatusOr<int32_t> new_tokens(const GenerationParams& params, int64_t num_prompt,
   const int64_t rest = context.max_model_len - num_prompt;
   if (params.max_tokens.has_value()) {
     const bool prompt_alone = params.echo || params.prompt_logprobs.has_value();
-    MOED_RETURN_IF_ERROR(check_range("max_tokens", *params.max_tokens, prompt_alone ? 0 : 1, kInt32Max));
+    MOED_RETURN_IF_ERROR(check_range(params.max_tokens_field, *params.max_tokens, prompt_alone ? 0 : 1, kInt32Max));
     if (*params.max_tokens > rest) {
       return context_overflow(num_prompt, *params.max_tokens, context.max_model_len,
-                              rest <= 0 ? prompt_field : "max_tokens");
+                              rest <= 0 ? prompt_field : params.max_tokens_field);
     }
-    MOED_RETURN_IF_ERROR(check_range("max_tokens", *params.max_tokens, 0, most));
+    MOED_RETURN_IF_ERROR(check_range(params.max_tokens_field, *params.max_tokens, 0, most));
     return static_cast<int32_t>(*params.max_tokens);
   }
   if (rest <= 0) return context_overflow(num_prompt, 1, context.max_model_len, prompt_field);
-  return static_cast<int32_t>(std::min({rest, most, params.chat ? rest : int64_t{kCompletionTokens}}));
+  const int64_t wanted = params.chat ? scored_rest(params, num_prompt, context) : kCompletionTokens;
+  return static_cast<int32_t>(std::min({rest, most, wanted}));
+}
+
+// A batch that the queue could never hold would be told to try again, for ever.
+Status check_batch(const ValidGeneration& valid, const Settings::Scheduler& scheduler) {
+  if (valid.requests.size() <= 1) return Status();
+  int64_t num_tokens = 0;
+  for (const RequestSpec& spec : valid.requests) num_tokens += static_cast<int64_t>(spec.prompt.size()) * spec.n;
+  if (num_tokens <= scheduler.queue_tokens_max) return Status();
+  return invalid_argument("prompt holds " + std::to_string(num_tokens) +
+                              " tokens, a copy a choice, more than can wait at once: " +
+                              std::to_string(scheduler.queue_tokens_max) + " (scheduler.queue_tokens_max)",
+                          "prompt");
+}
+
+// An answer holds them all at once, and each takes the memory of a short text.
+Status check_scores(const GenerationParams& params, const ValidGeneration& valid, int64_t scores_max) {
+  int64_t num_scores = 0;
+  for (const RequestSpec& spec : valid.requests) {
+    num_scores += scored_tokens(params, static_cast<int64_t>(spec.prompt.size()), spec.max_tokens) * spec.n *
+                  (spec.sampling.num_logprobs + 1);
+  }
+  if (num_scores <= scores_max) return Status();
+  const char* field = params.prompt_logprobs.has_value() ? "prompt_logprobs" : params.logprobs_field;
+  return invalid_argument(
+      std::string(field) + ": the answer could hold " + std::to_string(num_scores) +
+          " log-probabilities (scored tokens, alternatives counted, of all choices), the limit is " +
+          std::to_string(scores_max) + " (limits.scores_max)",
+      field);
 }
 
 // Keeps the last tokens, as many as asked for; under echo, their text.
@@ -327,7 +387,10 @@ Status truncate(const GenerationParams& params, const ValidationContext& context
   if (!params.truncate_prompt_tokens.has_value()) return Status();
   const int64_t keep = *params.truncate_prompt_tokens;
   MOED_RETURN_IF_ERROR(check_range("truncate_prompt_tokens", keep, -1, context.max_model_len));
-  const int64_t limit = keep == -1 ? context.max_model_len : keep;
+  // -1, as vLLM has it: what fits beside the tokens asked for.
+  const int64_t asked = std::clamp<int64_t>(params.max_tokens.value_or(params.chat ? 1 : kCompletionTokens), 0,
+                                            context.max_model_len - 1);
+  const int64_t limit = keep == -1 ? context.max_model_len - asked : keep;
   if (limit == 0) return invalid_argument("truncate_prompt_tokens must be -1 or at least 1", "truncate_prompt_tokens");
   std::vector<int32_t>& tokens = prompt.tokens;
   const auto size = static_cast<int64_t>(tokens.size());
@@ -405,6 +468,11 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
   MOED_RETURN_IF_ERROR(check_range("n", params.n, 1, context.limits.n_max));
   common.n = static_cast<int32_t>(params.n);
   MOED_RETURN_IF_ERROR(check_range("priority", params.priority, -kInt32Max, kInt32Max));
+  if (params.priority != 0 && context.scheduler.scheduling_policy != "priority") {
+    return invalid_argument("priority is " + std::to_string(params.priority) +
+                                ", but priority scheduling is not enabled (scheduler.scheduling_policy)",
+                            "priority");
+  }
   common.priority = static_cast<int32_t>(params.priority);
   MOED_RETURN_IF_ERROR(fill_sampling(params, context, common.sampling));
   MOED_RETURN_IF_ERROR(check_stops(params, context.limits));
@@ -416,7 +484,7 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
   ValidGeneration valid;
   valid.echo = params.echo;
   valid.prompt_ids = params.return_token_ids;
-  valid.prompt_scores = params.prompt_logprobs.has_value() || (params.echo && params.logprobs.has_value());
+  valid.prompt_scores = wants_prompt_scores(params);
   valid.text = {params.stop, params.include_stop_str_in_output, params.skip_special_tokens, common.sampling.min_tokens,
                 params.logprobs.has_value()};
   common.prompt_logprobs = valid.prompt_scores;
@@ -439,6 +507,8 @@ StatusOr<ValidGeneration> validate(const GenerationParams& params, const Validat
     valid.requests.push_back(std::move(spec));
     valid.prompt_texts.push_back(params.echo ? std::move(prompt.text) : std::string());
   }
+  MOED_RETURN_IF_ERROR(check_batch(valid, context.scheduler));
+  MOED_RETURN_IF_ERROR(check_scores(params, valid, context.limits.scores_max));
   return valid;
 }
 

@@ -205,7 +205,8 @@ TEST_F(ChoiceTextTest, ScoresOfACharactersPartsTravelWithIt) {
 
 // Each way to cut an answer of characters of one to four bytes, a token each byte.
 TEST_F(ChoiceTextTest, StopStringsOfSeveralByteCharactersCutTheirScores) {
-  const std::vector<std::string> characters = {"a", "\xc3\xa9", "\xe2\x82\xac", "\xf0\x9f\x99\x82", "b", "\xe2\x82\xad"};
+  const std::vector<std::string> characters = {"a", "\xc3\xa9",    "\xe2\x82\xac", "\xf0\x9f\x99\x82",
+                                               "b", "\xe2\x82\xad"};
   std::string text;
   for (const std::string& character : characters) text += character;
   for (size_t begin = 0; begin < characters.size(); ++begin) {

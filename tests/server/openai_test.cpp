@@ -141,6 +141,10 @@ TEST(OpenAiRequest, WrongTypesNameTheField) {
   EXPECT_EQ(completion(R"("logprobs":-1)").status().param(), "logprobs");
   EXPECT_EQ(parse_chat_request("{}", kDepth).status().param(), "messages");
   EXPECT_EQ(parse_chat_request(R"({"messages":[]})", kDepth).status().param(), "messages");
+  EXPECT_STREQ(chat(R"("max_tokens":3)")->params.max_tokens_field, "max_tokens");
+  EXPECT_STREQ(chat(R"("max_completion_tokens":3)")->params.max_tokens_field, "max_completion_tokens");
+  EXPECT_STREQ(chat("")->params.logprobs_field, "top_logprobs");
+  EXPECT_STREQ(completion("")->params.logprobs_field, "logprobs");
   EXPECT_EQ(chat(R"("prompt_logprobs":-1)").status().param(), "prompt_logprobs");
   EXPECT_EQ(chat(R"("stream":true,"prompt_logprobs":1)").status().param(), "prompt_logprobs");
 }
@@ -333,8 +337,8 @@ TEST(OpenAiAnswer, TokensThatAreNoTextHaveNamesOfTheirOwn) {
   auto call = completion(R"("logprobs":6)");
   PlainAnswer answer(*call, {"cmpl-1", 17, "m"});
   TokenText chosen{.token = 5, .bytes = "\xe2\x82", .logprob = -2.0F};
-  chosen.top = {{1, "\xe2", -0.5F},       {2, "\x82", -1.0F}, {3, "\xff", -1.5F}, {5, "\xe2\x82", -2.0F},
-                {4, "\xed\xa0\x80", -3.0F}, {6, "€", -4.0F}};
+  chosen.top = {{1, "\xe2", -0.5F},     {2, "\x82", -1.0F},         {3, "\xff", -1.5F},
+                {5, "\xe2\x82", -2.0F}, {4, "\xed\xa0\x80", -3.0F}, {6, "€", -4.0F}};
   answer.add({.choice = 0, .text = "", .tokens = {chosen}, .finish = FinishReason::kLength});
   const Json logprobs = Json::parse(answer.json({}, 1))["choices"][0]["logprobs"];
   EXPECT_EQ(logprobs["tokens"], Json::parse(R"(["bytes:\\xe2\\x82"])"));
