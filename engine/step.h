@@ -6,6 +6,8 @@
 #include <utility>
 #include <vector>
 
+#include "base/shared_vector.h"
+
 namespace moed {
 
 // One choice of one request, unique for the life of the process.
@@ -25,10 +27,10 @@ struct SamplingParams {
   float presence_penalty = 0.0F;    // generated tokens
   float frequency_penalty = 0.0F;   // generated tokens
   float repetition_penalty = 1.0F;  // prompt and generated tokens
-  std::vector<std::pair<int32_t, float>> logit_bias;
-  std::vector<int32_t> allowed_token_ids;       // empty: all
-  std::vector<std::vector<int32_t>> bad_words;  // none empty; a generated token never completes one
-  std::vector<int32_t> forbidden_until_min;     // EOS and stop ids: not sampled before min_tokens are generated
+  SharedVector<std::pair<int32_t, float>> logit_bias;
+  SharedVector<int32_t> allowed_token_ids;       // empty: all
+  SharedVector<std::vector<int32_t>> bad_words;  // none empty; a generated token never completes one
+  SharedVector<int32_t> forbidden_until_min;     // EOS and stop ids: not sampled before min_tokens are generated
   int32_t min_tokens = 0;
   uint64_t seed = 0;          // token t of a sequence draws from (seed, t) alone
   int32_t num_logprobs = -1;  // -1: none; else the chosen token's and the best num_logprobs

@@ -23,6 +23,7 @@ struct TensorNames {
 };
 
 // The fields of generation_config.json that are defaults of requests; absent fields keep OpenAI's.
+// Each finite and not negative; what a request may ask for is narrower.
 struct GenerationDefaults {
   double temperature = 1.0;
   double top_p = 1.0;

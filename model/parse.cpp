@@ -270,15 +270,15 @@ std::vector<int32_t> parse_eos(Fields& fields, std::vector<int32_t> fallback) {
 }
 
 GenerationDefaults parse_generation(Fields& fields, const ModelConfig& config) {
+  constexpr double kNumberMax = 1e6;
   GenerationDefaults out;
-  // The bounds are those of a request, whose defaults these become.
+  // What a request could not ask for is for the server to bring into range: checkpoints come with all sorts of numbers.
   // do_sample is not read: like vLLM, a server takes the numbers that are given and lets each request decide.
-  out.temperature = fields.number("temperature", 1.0, 0.0, 2.0);
-  out.top_p = fields.number("top_p", 1.0, 0.0, 1.0);
-  if (out.top_p == 0.0) fields.refuse("top_p", "a number above 0 and at most 1");
+  out.temperature = fields.number("temperature", 1.0, 0.0, kNumberMax);
+  out.top_p = fields.number("top_p", 1.0, 0.0, kNumberMax);
   out.top_k = std::max(0, fields.int32("top_k", 0, -1, INT32_MAX));
-  out.min_p = fields.number("min_p", 0.0, 0.0, 1.0);
-  out.repetition_penalty = fields.number("repetition_penalty", 1.0, 0.01, 100.0);
+  out.min_p = fields.number("min_p", 0.0, 0.0, kNumberMax);
+  out.repetition_penalty = fields.number("repetition_penalty", 1.0, 0.0, kNumberMax);
   out.eos_token_ids = parse_eos(fields, config.eos_token_ids);
   std::erase_if(out.eos_token_ids, [&](int32_t id) { return id >= config.vocab_size; });
   return out;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <string>
+#include <utility>
 
 namespace moed {
 namespace {
@@ -68,12 +69,8 @@ Status check_length(const RequestSpec& spec, const RequestLimits& limits) {
   if (num_prompt == 0) return invalid_argument("the prompt is empty", "prompt");
   MOED_RETURN_IF_ERROR(check_count(spec.max_tokens, 0, limits.new_tokens_max, "max_tokens"));
   if (num_prompt + spec.max_tokens > limits.max_model_len) {
-    return Status(StatusCode::kInvalidArgument,
-                  "This model's maximum context length is " + std::to_string(limits.max_model_len) +
-                      " tokens. However, you requested " + std::to_string(num_prompt + spec.max_tokens) + " tokens (" +
-                      std::to_string(num_prompt) + " in the prompt, " + std::to_string(spec.max_tokens) +
-                      " for the answer). Please shorten one of them.",
-                  num_prompt >= limits.max_model_len ? "prompt" : "max_tokens", "context_length_exceeded");
+    return context_overflow(num_prompt, spec.max_tokens, limits.max_model_len,
+                            num_prompt >= limits.max_model_len ? "prompt" : "max_tokens");
   }
   if (spec.sampling.min_tokens < 0 || spec.sampling.min_tokens > spec.max_tokens) {
     return invalid_argument("min_tokens must be between 0 and max_tokens (" + std::to_string(spec.max_tokens) +
@@ -91,6 +88,15 @@ Status check_stops(const RequestSpec& spec, const RequestLimits& limits) {
 
 }  // namespace
 
+Status context_overflow(int64_t prompt_tokens, int64_t new_tokens, int32_t max_model_len, const std::string& field) {
+  return Status(StatusCode::kInvalidArgument,
+                "This model's maximum context length is " + std::to_string(max_model_len) +
+                    " tokens. However, you requested " + std::to_string(prompt_tokens + new_tokens) + " tokens (" +
+                    std::to_string(prompt_tokens) + " in the prompt, " + std::to_string(new_tokens) +
+                    " to generate). Please shorten the prompt or ask for fewer tokens.",
+                field, "context_length_exceeded");
+}
+
 StatusOr<Request> Request::make(RequestSpec spec, const RequestLimits& limits) {
   MOED_RETURN_IF_ERROR(check_length(spec, limits));
   MOED_RETURN_IF_ERROR(check_count(spec.n, 1, limits.n_max, "n"));
@@ -98,8 +104,7 @@ StatusOr<Request> Request::make(RequestSpec spec, const RequestLimits& limits) {
   MOED_RETURN_IF_ERROR(check_sampling(spec.sampling, limits));
   MOED_RETURN_IF_ERROR(check_stops(spec, limits));
 
-  std::vector<int32_t>& forbidden = spec.sampling.forbidden_until_min;
-  forbidden.clear();
+  std::vector<int32_t> forbidden;
   if (spec.sampling.min_tokens > 0) {
     forbidden = spec.stop_token_ids;
     if (!spec.ignore_eos) forbidden.insert(forbidden.end(), spec.eos_token_ids.begin(), spec.eos_token_ids.end());
@@ -113,6 +118,7 @@ StatusOr<Request> Request::make(RequestSpec spec, const RequestLimits& limits) {
   if (!forbidden.empty() && !allowed.empty() && std::ranges::all_of(allowed, is_forbidden)) {
     return invalid_argument("allowed_token_ids holds only tokens that min_tokens forbids", "allowed_token_ids");
   }
+  spec.sampling.forbidden_until_min = std::move(forbidden);
   return Request(std::move(spec));
 }
 

@@ -43,6 +43,9 @@ struct RequestSpec {
   int64_t arrival_us = 0;
 };
 
+// kInvalidArgument with detail() "context_length_exceeded" and param() `field`.
+Status context_overflow(int64_t prompt_tokens, int64_t new_tokens, int32_t max_model_len, const std::string& field);
+
 // A request that passed every check; the only type the scheduler takes. Both doors come here through server/validate.
 class Request {
  public:

@@ -7,16 +7,25 @@
 
 namespace moed {
 
+namespace {
+
+// What editors and secret stores leave behind a key.
+std::string_view trimmed(std::string_view line) { return line.substr(0, line.find_last_not_of(" \t\r\n") + 1); }
+
+}  // namespace
+
 StatusOr<ApiKeys> ApiKeys::load(const std::string& file, const std::string& key) {
   ApiKeys keys;
-  if (!key.empty()) keys.digests_.push_back(digest(key));
+  if (!key.empty()) {
+    if (trimmed(key).empty()) return invalid_argument("MOED_API_KEY holds no key (server.api_key)");
+    keys.digests_.push_back(digest(trimmed(key)));
+  }
   if (file.empty()) return keys;
   std::ifstream lines(file);
   if (!lines) return invalid_argument("cannot read the key file " + file + " (server.api_key_file)");
   std::string line;
   while (std::getline(lines, line)) {
-    while (!line.empty() && (line.back() == '\r' || line.back() == ' ')) line.pop_back();
-    if (!line.empty()) keys.digests_.push_back(digest(line));
+    if (!trimmed(line).empty()) keys.digests_.push_back(digest(trimmed(line)));
   }
   if (keys.empty()) return invalid_argument("the key file " + file + " holds no key (server.api_key_file)");
   return keys;

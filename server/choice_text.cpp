@@ -1,5 +1,6 @@
 #include "server/choice_text.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace moed {
@@ -38,8 +39,10 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
     MOED_ASSIGN_OR_RETURN(std::string piece, detokenizer_.push(event.token.token));
     const int64_t begin = produced_bytes_;
     produced_bytes_ += static_cast<int64_t>(piece.size());
-    held_.push_back({token_text(tokenizer_, event.token, options_.logprobs), begin, produced_bytes_});
-    if (num_tokens_ < options_.min_tokens) {
+    // One without text yet, such as a part of a character, goes with the next text there is.
+    held_.push_back(
+        {token_text(tokenizer_, event.token, options_.logprobs), begin, std::max(produced_bytes_, begin + 1)});
+    if (num_tokens_ <= options_.min_tokens) {
       release(matcher_.pass(piece), delta);
     } else {
       StopMatcher::Result found = matcher_.push(piece);
@@ -53,9 +56,9 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
     end(FinishReason::kStop, delta);
   } else if (event.finish != FinishReason::kNone) {
     MOED_ASSIGN_OR_RETURN(const std::string tail, detokenizer_.flush());
-    produced_bytes_ += static_cast<int64_t>(tail.size());
-    if (!held_.empty()) held_.back().end = produced_bytes_;
     release(matcher_.pass(tail), delta);
+    for (Held& held : held_) delta.tokens.push_back(std::move(held.token));
+    held_.clear();
     delta.stop_token = event.stop_token;
     // Its score is wanted all the same: lm-eval drops the last one of a prompt and one token, whichever that is.
     const bool unseen = event.has_token && event.stop_token >= 0 && !options_.include_stop;

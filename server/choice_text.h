@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "base/shared_vector.h"
 #include "base/status.h"
 #include "scheduler/scheduler.h"
 #include "server/service.h"
@@ -16,10 +17,10 @@
 namespace moed {
 
 struct ChoiceTextOptions {
-  std::vector<std::string> stop;
+  SharedVector<std::string> stop;
   bool include_stop = false;  // the stop string, or the stop token's text, stays in the answer
   bool skip_special_tokens = true;
-  int32_t min_tokens = 0;  // stop strings are not looked for before
+  int32_t min_tokens = 0;  // stop strings are not looked for in the first so many tokens
   bool logprobs = false;   // deltas carry logprobs
 };
 
@@ -44,7 +45,7 @@ class ChoiceText {
   struct Held {
     TokenText token;
     int64_t begin = 0;  // where its text begins in the answer, bytes
-    int64_t end = 0;
+    int64_t end = 0;    // at least one byte behind that
   };
   void release(std::string_view text, Delta& delta);
   void end(FinishReason reason, Delta& delta);

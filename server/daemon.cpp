@@ -23,9 +23,10 @@ namespace {
 using Json = nlohmann::ordered_json;
 
 constexpr int kTextThreads = 2;
+constexpr size_t kNameBytesMax = 128;  // of a name that an error repeats
 // Between two lines of the log about loading.
 constexpr int64_t kProgressUs = 2'000'000;
-// Events that a door may leave unread before its request is dropped.
+// Events of a choice that a door may leave unread before its request is dropped.
 constexpr size_t kEventsMax = 16'384;
 
 double gib(int64_t bytes) { return static_cast<double>(bytes) / static_cast<double>(int64_t{1} << 30); }
@@ -57,7 +58,22 @@ std::optional<std::string> tokenizer_eos(const std::string& model_dir) {
 int64_t text_bytes(const GenerationParams& params) {
   size_t bytes = params.messages_json.size() + params.template_kwargs_json.size();
   for (const PromptInput& prompt : params.prompts) bytes += prompt.text.size() + prompt.ids.size() * sizeof(int64_t);
+  for (const auto* const texts : {&params.stop, &params.bad_words}) {
+    for (const std::string& text : *texts) bytes += sizeof text + text.size();
+  }
+  bytes += params.stop_token_ids.size() * sizeof(int64_t);
+  if (params.allowed_token_ids) bytes += params.allowed_token_ids->size() * sizeof(int64_t);
+  bytes += params.logit_bias.size() * sizeof params.logit_bias.front();
   return static_cast<int64_t>(bytes);
+}
+
+// A client's model name may be as long as a body, and errors travel in gRPC's metadata.
+std::string shown_name(std::string_view name) {
+  std::string shown;
+  for (const char c : name.substr(0, kNameBytesMax)) {
+    shown += c >= 0x20 && c < 0x7f ? std::string(1, c) : fmt::format("\\x{:02x}", static_cast<unsigned char>(c));
+  }
+  return name.size() > kNameBytesMax ? shown + "..." : shown;
 }
 
 std::string joined(const std::vector<std::string>& names) {
@@ -167,6 +183,7 @@ Status Daemon::load(const BackendFactory& factory) {
   context.vocab_size = loaded->model.config.vocab_size;
   context.max_model_len = budget.max_model_len;
   context.limits = settings_.limits;
+  context.scheduler = settings_.scheduler;
 
   const SchedulerConfig scheduling = scheduler_config(settings_, budget, loaded->backend->planning().kv);
   MOED_RETURN_IF_ERROR(validate(scheduling));
@@ -302,8 +319,9 @@ Loads Daemon::loads() const {
 
 Status Daemon::check_model(const std::string& name) const {
   if (name.empty() || std::find(names_.begin(), names_.end(), name) != names_.end()) return Status();
-  return Status(StatusCode::kNotFound, "The model `" + name + "` does not exist; this server has: " + joined(names_),
-                "model", "model_not_found");
+  return Status(StatusCode::kNotFound,
+                "The model `" + shown_name(name) + "` does not exist; this server has: " + joined(names_), "model",
+                "model_not_found");
 }
 
 std::string Daemon::info_json() const {

@@ -38,7 +38,9 @@ void GenerationImpl::run(ValidGeneration valid, const RequestLimits& limits, Req
   }
   std::vector<std::shared_ptr<RequestStream>> streams;
   for (size_t i = 0; i < requests.size(); ++i) {
-    streams.push_back(std::make_shared<RequestStream>(events_max, wake_, [loop = loop_] { loop->signal(); }));
+    const size_t num_choices = static_cast<size_t>(requests[i].spec().n);
+    streams.push_back(
+        std::make_shared<RequestStream>(events_max * num_choices, wake_, [loop = loop_] { loop->signal(); }));
   }
   attach(std::move(valid), streams);
   for (size_t i = 0; i < requests.size(); ++i) {
@@ -151,11 +153,7 @@ Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::v
   ChoiceText& text = choices_[choice];
   if (text.finished()) return Status();
   // The prompt's scores come once a request, and are shown with each of its choices.
-  if (!event.prompt_scores.empty()) {
-    for (const ScoredToken& token : event.prompt_scores) {
-      prompt_tokens_[prompt].push_back(token_text(*tokenizer_, token, true));
-    }
-  }
+  if (!event.prompt_scores.empty()) keep_prompt_scores(prompt, event.prompt_scores);
   const size_t before = deltas.size();
   const int32_t tokens_before = text.num_tokens();
   MOED_ASSIGN_OR_RETURN(const bool stopped, text.push(event, deltas));
@@ -177,16 +175,21 @@ Status GenerationImpl::push_event(size_t prompt, const TokenEvent& event, std::v
   return Status();
 }
 
-void GenerationImpl::add_prompt(size_t prompt, Delta& delta) const {
+void GenerationImpl::keep_prompt_scores(size_t prompt, const std::vector<ScoredToken>& scores) {
+  ScoredToken first;
+  first.token = valid_.requests[prompt].prompt.front();
+  std::vector<TokenText> tokens = {token_text(*tokenizer_, first, false)};
+  for (const ScoredToken& token : scores) tokens.push_back(token_text(*tokenizer_, token, true));
+  prompt_tokens_[prompt] = std::move(tokens);
+}
+
+void GenerationImpl::add_prompt(size_t prompt, Delta& delta) {
   delta.has_prompt = true;
   delta.prompt_text = valid_.prompt_texts[prompt];
   if (valid_.prompt_ids) delta.prompt_token_ids = valid_.requests[prompt].prompt;
   if (!valid_.prompt_scores) return;
-  ScoredToken first;
-  first.token = valid_.requests[prompt].prompt.front();
-  delta.prompt_tokens.push_back(token_text(*tokenizer_, first, false));
-  const auto& scored = prompt_tokens_[prompt];
-  delta.prompt_tokens.insert(delta.prompt_tokens.end(), scored.begin(), scored.end());
+  if (prompt_tokens_[prompt].empty()) keep_prompt_scores(prompt, {});  // a prompt of one token has none
+  delta.prompt_tokens = prompt_tokens_[prompt];
 }
 
 void GenerationImpl::fail(Status status, Phase phase, Update& update) {

@@ -22,7 +22,8 @@ class GenerationImpl final : public Generation {
   GenerationImpl(int64_t arrival_us, const Tokenizer* tokenizer, ServingLoop* loop, std::function<void()> wake);
   ~GenerationImpl() override;
 
-  // Text pool, at most one of them, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs.
+  // Text pool, at most one of them, once. run() queues one request a prompt; first_id, first_id + 1, ... are theirs;
+  // events_max: a choice, that the door may leave unread.
   void refuse(Status status) MOED_EXCLUDES(mutex_);
   void run(ValidGeneration valid, const RequestLimits& limits, RequestId first_id, size_t events_max)
       MOED_EXCLUDES(mutex_);
@@ -46,7 +47,8 @@ class GenerationImpl final : public Generation {
   void await_accepted(Update& update);
   Status take_events(size_t prompt, Update& update);
   Status push_event(size_t prompt, const TokenEvent& event, std::vector<Delta>& deltas);
-  void add_prompt(size_t prompt, Delta& delta) const;
+  void keep_prompt_scores(size_t prompt, const std::vector<ScoredToken>& scores);
+  void add_prompt(size_t prompt, Delta& delta);
   bool has_open_choice(size_t prompt) const;
   void fail(Status status, Phase phase, Update& update);
 
@@ -68,7 +70,7 @@ class GenerationImpl final : public Generation {
   std::vector<std::shared_ptr<RequestStream>> streams_;  // a prompt
   std::vector<ChoiceText> choices_;                      // prompt * n + choice
   std::vector<bool> begun_;                              // a choice
-  std::vector<std::vector<TokenText>> prompt_tokens_;    // a prompt, when scores are returned
+  std::vector<SharedVector<TokenText>> prompt_tokens_;   // a prompt, when scores are returned
   int32_t open_choices_ = 0;
   Usage usage_;
 };

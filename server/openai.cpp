@@ -9,10 +9,11 @@ namespace moed {
 namespace {
 
 bool is_empty(const WireJson& value) {
+  if (value.is_boolean()) return !value.get<bool>();
   return value.is_string() ? value.get_ref<const std::string&>().empty() : value.is_structured() && value.empty();
 }
 
-// Fields that would change the answer and are not served: anything but absence (or emptiness) is refused.
+// Fields that would change the answer and are not served: anything but absence (emptiness, false) is refused.
 void refuse_present(BodyFields& fields, std::initializer_list<const char*> names) {
   for (const char* const name : names) {
     const WireJson* const value = fields.find(name);
@@ -70,6 +71,7 @@ void read_stream(BodyFields& fields, OpenAiCall& call) {
   BodyFields inner(*options, "stream_options.");
   inner.read("include_usage", call.include_usage);
   inner.read("continuous_usage_stats", call.continuous_usage);
+  call.continuous_usage = call.continuous_usage && call.include_usage;  // as in vLLM
   if (!inner.status().ok()) fields.fail("stream_options", inner.status().message());
 }
 
@@ -118,7 +120,8 @@ void read_common(BodyFields& fields, OpenAiCall& call) {
   read_stream(fields, call);
   read_response_format(fields);
   if (params.prompt_logprobs.value_or(0) < 0) fields.fail("prompt_logprobs", "must not be negative");
-  if (call.stream && params.prompt_logprobs) fields.fail("prompt_logprobs", "cannot be streamed");
+  if (call.stream && params.prompt_logprobs.value_or(0) > 0) fields.fail("prompt_logprobs", "cannot be streamed");
+  if (call.stream) params.prompt_logprobs.reset();  // 0, as in vLLM: nothing to show
   refuse_true(fields, {"use_beam_search", "return_tokens_as_token_ids"});
   refuse_present(fields, {"structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
                           "structural_tag", "json_schema", "grammar", "logits_processors", "kv_transfer_params"});
@@ -149,6 +152,7 @@ void read_chat_logprobs(BodyFields& fields, GenerationParams& params) {
   if (top && !wanted) return fields.fail("top_logprobs", "needs logprobs to be true");
   if (top && *top < 0) return fields.fail("top_logprobs", "must not be negative");
   if (wanted) params.logprobs = top.value_or(0);
+  params.logprobs_field = "top_logprobs";
 }
 
 StatusOr<std::vector<int64_t>> token_ids(const WireJson& array, const std::string& param) {
@@ -204,7 +208,10 @@ StatusOr<OpenAiCall> read_chat(BodyFields& fields) {
   call.params.chat = true;
   read_messages(fields, call.params.messages_json);
   read_common(fields, call);
-  fields.read("max_completion_tokens", call.params.max_tokens);  // the newer name wins
+  if (fields.find("max_completion_tokens") != nullptr) {  // the newer name wins
+    fields.read("max_completion_tokens", call.params.max_tokens);
+    call.params.max_tokens_field = "max_completion_tokens";
+  }
   read_chat_logprobs(fields, call.params);
   read_tools(fields);
   fields.read_object("chat_template_kwargs", call.params.template_kwargs_json);

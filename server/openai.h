@@ -21,7 +21,7 @@ struct OpenAiCall {
   GenerationParams params;
   bool stream = false;
   bool include_usage = false;               // stream_options
-  bool continuous_usage = false;            // stream_options.continuous_usage_stats
+  bool continuous_usage = false;            // stream_options.continuous_usage_stats, with include_usage
   std::vector<std::string> unknown_fields;  // ignored; at most 16, escaped and cut to 64 bytes, for the log
 };
 

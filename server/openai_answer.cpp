@@ -1,6 +1,8 @@
 #include "server/openai_answer.h"
 
 #include <algorithm>
+#include <cstdio>
+#include <string_view>
 
 namespace moed {
 
@@ -13,6 +15,36 @@ float wire_logprob(float logprob) { return std::max(logprob, kLogprobMin); }
 int64_t num_characters(const std::string& bytes) {
   return std::count_if(bytes.begin(), bytes.end(),
                        [](char c) { return (static_cast<unsigned char>(c) & 0xc0U) != 0x80U; });
+}
+
+bool is_utf8(std::string_view text) {
+  const auto byte = [&](size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0U; };
+  for (size_t i = 0; i < text.size();) {
+    const unsigned lead = byte(i++);
+    if (lead < 0x80U) continue;
+    if (lead < 0xc2U || lead > 0xf4U) return false;
+    // What the second byte may be keeps out surrogates, detours and what is beyond Unicode.
+    const unsigned low = lead == 0xe0U ? 0xa0U : lead == 0xf0U ? 0x90U : 0x80U;
+    const unsigned high = lead == 0xedU ? 0x9fU : lead == 0xf4U ? 0x8fU : 0xbfU;
+    if (byte(i) < low || byte(i) > high) return false;
+    ++i;
+    for (const unsigned longer : {0xe0U, 0xf0U}) {
+      if (lead >= longer && (byte(i++) & 0xc0U) != 0x80U) return false;
+    }
+  }
+  return true;
+}
+
+// As text that says which token it is, where the bytes are a part of a character.
+std::string token_name(const std::string& bytes) {
+  if (is_utf8(bytes)) return bytes;
+  std::string name = "bytes:";
+  for (const char c : bytes) {
+    char spelled[8];
+    std::snprintf(spelled, sizeof spelled, "\\x%02x", static_cast<unsigned>(static_cast<unsigned char>(c)));
+    name += spelled;
+  }
+  return name;
 }
 
 WireJson bytes_json(const std::string& bytes) {
@@ -112,7 +144,8 @@ WireJson answer_json(const AnswerHead& head, const char* object, WireJson choice
 
 void CompletionLogprobs::add(const std::vector<TokenText>& tokens) {
   for (const TokenText& token : tokens) {
-    tokens_.push_back(token.bytes);
+    const std::string name = token_name(token.bytes);
+    tokens_.push_back(name);
     offsets_.push_back(offset_);
     offset_ += num_characters(token.bytes);
     if (!token.logprob) {  // a prompt's first token
@@ -124,10 +157,10 @@ void CompletionLogprobs::add(const std::vector<TokenText>& tokens) {
     WireJson top = WireJson::object();
     for (size_t i = 0; i < token.top.size() && static_cast<int64_t>(i) < num_top_; ++i) {
       // Two tokens may read alike: the better one stays.
-      const std::string text = token.top[i].bytes;
+      const std::string text = token_name(token.top[i].bytes);
       if (!top.contains(text)) top[text] = wire_logprob(token.top[i].logprob);
     }
-    top[token.bytes] = wire_logprob(*token.logprob);
+    top[name] = wire_logprob(*token.logprob);
     top_.push_back(std::move(top));
   }
 }
@@ -262,16 +295,19 @@ void StreamAnswer::add_chat(const Delta& delta, const WireJson& usage, std::stri
           with_ids ? &delta.prompt_token_ids : nullptr);
   }
   state.unsent_ids.insert(state.unsent_ids.end(), delta.token_ids.begin(), delta.token_ids.end());
-  if (!delta.text.empty() || has_scores) {
+  const bool has_end = delta.finish != FinishReason::kNone;
+  const auto scores = [&] { return has_scores ? chat_logprobs(delta.tokens, *call_.params.logprobs) : WireJson(); };
+  // Scores without text, of the token that ended the choice, go with its end.
+  const bool has_content = !delta.text.empty() || (has_scores && !has_end);
+  if (has_content) {
     WireJson content = WireJson::object();
     content["content"] = delta.text;
-    WireJson scores = has_scores ? chat_logprobs(delta.tokens, *call_.params.logprobs) : WireJson();
-    WireJson json = choice_json(std::move(content), std::move(scores), nullptr);
+    WireJson json = choice_json(std::move(content), scores(), nullptr);
     if (with_ids) json["token_ids"] = std::exchange(state.unsent_ids, {});
     event(WireJson::array({std::move(json)}), usage, out);
   }
-  if (delta.finish == FinishReason::kNone) return;
-  WireJson json = choice_json(WireJson::object(), nullptr, finish_json(delta.finish));
+  if (!has_end) return;
+  WireJson json = choice_json(WireJson::object(), has_content ? WireJson() : scores(), finish_json(delta.finish));
   WireJson stop = stop_reason_json(delta.stop_text, delta.stop_token, call_);
   if (!stop.is_null()) json["stop_reason"] = std::move(stop);
   if (with_ids) json["token_ids"] = std::exchange(state.unsent_ids, {});

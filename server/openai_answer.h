@@ -19,7 +19,8 @@ struct AnswerHead {
   std::string model;
 };
 
-// Completion log-probabilities of one choice; offsets count Unicode characters and go on from piece to piece.
+// Completion log-probabilities of one choice; offsets count Unicode characters and go on from piece to piece. A token
+// that is not UTF-8 by itself is spelled "bytes:\xe2\x82", as OpenAI spells it: keys of JSON must differ.
 class CompletionLogprobs {
  public:
   // `num_top`: alternatives beside the chosen token.
@@ -46,7 +47,8 @@ class PlainAnswer {
  private:
   struct Choice {
     std::string text;
-    std::vector<TokenText> tokens, prompt_tokens;
+    std::vector<TokenText> tokens;
+    SharedVector<TokenText> prompt_tokens;
     std::vector<int32_t> token_ids, prompt_token_ids;
     FinishReason finish = FinishReason::kNone;
     std::string stop_text;

@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/shared_vector.h"
 #include "base/status.h"
 #include "scheduler/request.h"
 
@@ -39,6 +40,7 @@ struct GenerationParams {
 
   std::optional<double> temperature, top_p, min_p, presence_penalty, frequency_penalty, repetition_penalty;
   std::optional<int64_t> top_k, seed, max_tokens, min_tokens;
+  const char* max_tokens_field = "max_tokens";  // what the door calls it, for errors
   int64_t n = 1;
   std::vector<std::string> stop;
   bool include_stop_str_in_output = false;
@@ -48,8 +50,9 @@ struct GenerationParams {
   std::vector<std::pair<int64_t, double>> logit_bias;
   std::optional<std::vector<int64_t>> allowed_token_ids;
   std::vector<std::string> bad_words;
-  std::optional<int64_t> logprobs;         // unset: none; else how many alternatives beside the chosen token
-  std::optional<int64_t> prompt_logprobs;  // the same for prompt tokens; does not read the prefix cache
+  std::optional<int64_t> logprobs;          // unset: none; else how many alternatives beside the chosen token
+  const char* logprobs_field = "logprobs";  // what the door calls that number, for errors
+  std::optional<int64_t> prompt_logprobs;   // the same for prompt tokens; does not read the prefix cache
   bool echo = false;              // completions: the prompt's text (and scores, when logprobs is set) comes first
   bool return_token_ids = false;  // deltas carry the prompt's ids
   int64_t priority = 0;
@@ -83,7 +86,7 @@ struct Delta {
   int32_t stop_token = -1;                    // the stop token id that ended it, or -1
   bool has_prompt = false;  // the first delta of a choice when echo, prompt_logprobs or return_token_ids was asked for
   std::string prompt_text;
-  std::vector<TokenText> prompt_tokens;
+  SharedVector<TokenText> prompt_tokens;  // one list for all choices of a prompt
   std::vector<int32_t> prompt_token_ids;  // with return_token_ids
 };
 

@@ -261,7 +261,7 @@ void ServingLoop::deliver(TokenEvent event, int64_t now) {
   if (active.first_token_us == 0) {
     active.first_token_us = now;
     metrics_.add_prompt(active.num_prompt);
-    metrics_.observe_first_token(seconds(now - active.arrival_us));
+    if (event.has_token) metrics_.observe_first_token(seconds(now - active.arrival_us));
   }
   if (event.has_token) {
     Choice& at = active.choices[choice];
@@ -275,7 +275,8 @@ void ServingLoop::deliver(TokenEvent event, int64_t now) {
   }
   if (!active.stream->deliver(std::move(event))) {
     spdlog::warn("request {}: the client reads too slowly, dropped", found->first);
-    active.stream->fail(Status(StatusCode::kResourceExhausted, "the client reads too slowly"));
+    active.stream->fail(
+        Status(StatusCode::kDeadlineExceeded, "the client reads too slowly", /*param=*/"", "client_too_slow"));
     cancel(found);
     return;
   }

@@ -229,6 +229,12 @@ Status apply_environment(const Variables& variables, LoadedSettings& loaded) {
     known.push_back(setting_environment(row));
     const auto variable = variables.find(known.back());
     if (variable == variables.end()) continue;
+    // Kubernetes sets MOED_HTTP_PORT to an address where a Service is named moed-http.
+    if (setting_key(row).ends_with("_port") && variable->second.starts_with("tcp://")) {
+      loaded.warnings.push_back(fmt::format("the environment variable {} is {}, no port, and is ignored",
+                                            variable->first, variable->second.substr(0, 64)));
+      continue;
+    }
     Given given{known.back(), {variable->second}};
     if (std::holds_alternative<std::vector<std::string>*>(row.field(loaded.settings))) {
       given.texts = split_commas(variable->second);

@@ -59,7 +59,8 @@ struct Settings {
     int64_t sequences_max = 256;  // running at once
     int64_t queue_max = 1024;     // requests waiting
     int64_t queue_tokens_max = 4'194'304;
-    int64_t yield_layers = 1;  // a bulk pass lets interactive rows in after so many layers
+    std::string scheduling_policy = "fcfs";  // fcfs | priority
+    int64_t yield_layers = 1;                // a bulk pass lets interactive rows in after so many layers
   } scheduler;
 
   struct Limits {
@@ -73,6 +74,7 @@ struct Settings {
     int64_t stop_token_ids_max = 64;
     int64_t bad_words_max = 64;
     int64_t top_logprobs_max = 20;
+    int64_t scores_max = 1ll << 20;  // log-probabilities in one answer, alternatives and all choices counted
     int64_t logit_bias_max = 1024;
     int64_t json_depth_max = 64;
     int64_t connections_max = 4096;

@@ -104,6 +104,11 @@ const SettingRow kRows[] = {
      "Requests that wait; more are refused at once (429)", 1, 1 << 20},
     {"scheduler.queue_tokens_max", at<&S::scheduler, &S::Scheduler::queue_tokens_max>,
      "Prompt tokens of the requests that wait", 1, 1e12},
+    {"scheduler.scheduling_policy", at<&S::scheduler, &S::Scheduler::scheduling_policy>,
+     "Who goes first: fcfs takes requests in the order they came and refuses those that give a priority; priority "
+     "takes "
+     "the lower priority first",
+     0, 0, "fcfs|priority"},
     {"scheduler.yield_layers", at<&S::scheduler, &S::Scheduler::yield_layers>,
      "A bulk pass lets others in after so many layers", 1, 1000},
 
@@ -121,6 +126,11 @@ const SettingRow kRows[] = {
      65536},
     {"limits.bad_words_max", at<&S::limits, &S::Limits::bad_words_max>, "Entries of `bad_words`", 0, 65536},
     {"limits.top_logprobs_max", at<&S::limits, &S::Limits::top_logprobs_max>, "Logprobs a token", 0, 1000},
+    {"limits.scores_max", at<&S::limits, &S::Limits::scores_max>,
+     "Log-probabilities in one answer: scored tokens, times the alternatives and the token itself, times the choices; "
+     "an "
+     "answer is that much shorter where its length is left open",
+     1, 1e9},
     {"limits.logit_bias_max", at<&S::limits, &S::Limits::logit_bias_max>, "Entries of `logit_bias`", 0, 1 << 20},
     {"limits.json_depth_max", at<&S::limits, &S::Limits::json_depth_max>, "Nesting of a request's JSON", 4, 100},
     {"limits.connections_max", at<&S::limits, &S::Limits::connections_max>, "Open HTTP connections", 1, 1 << 20},

@@ -4,7 +4,8 @@
 #include <string>
 #include <string_view>
 #include <utility>
-#include <vector>
+
+#include "base/shared_vector.h"
 
 namespace moed {
 
@@ -12,7 +13,7 @@ namespace moed {
 // not depend on how the text was cut: the first to be complete, of those the one that begins first. Not thread-safe.
 class StopMatcher {
  public:
-  explicit StopMatcher(std::vector<std::string> stops) : stops_(std::move(stops)) {}
+  explicit StopMatcher(SharedVector<std::string> stops) : stops_(std::move(stops)) {}
 
   struct Result {
     std::string text;  // certain now: no stop string begins in it
@@ -30,7 +31,7 @@ class StopMatcher {
  private:
   size_t held_length() const;
 
-  std::vector<std::string> stops_;
+  SharedVector<std::string> stops_;
   std::string held_;
 };
 

@@ -24,6 +24,7 @@ struct ValidationContext {
   int32_t vocab_size = 0;
   int32_t max_model_len = 0;
   Settings::Limits limits;
+  Settings::Scheduler scheduler;
 };
 
 // A call that passed every check: one Request a prompt, in order, ids and arrival times still to be set.

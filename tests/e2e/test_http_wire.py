@@ -300,7 +300,7 @@ def test_settings_of_time_reach_the_http_door(start_fake):
 
 def test_a_reader_that_takes_nothing_is_dropped_in_time(start_fake):
     daemon = start_fake("--write-seconds", "0.5", FAKE_LAYER_US="100")
-    body = json.dumps({"prompt": "abc", "max_tokens": 1000, "n": 64, "logprobs": 20, "ignore_eos": True, "stream": True})
+    body = json.dumps({"prompt": "abc", "max_tokens": 700, "n": 64, "logprobs": 20, "ignore_eos": True, "stream": True})
     with socket.socket() as stalled:
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stalled.connect(("127.0.0.1", daemon.http_port))

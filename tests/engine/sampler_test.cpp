@@ -235,7 +235,7 @@ TEST(Sampler, BadWordsAreNeverCompleted) {
     tokens.insert(tokens.end(), generated.begin(), generated.end());
     SamplingParams params;
     params.temperature = 0.0F;
-    for (int i = 0; i < 3; ++i) params.bad_words.push_back(few(3));
+    params.bad_words = {few(3), few(3), few(3)};
     const std::vector<float> logits = random_logits(8, round);
     int32_t best = -1;
     for (int32_t token = 0; token < 8; ++token) {

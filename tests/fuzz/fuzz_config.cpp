@@ -34,9 +34,9 @@ void check_sizes(const ModelConfig& config) {
 
 void check_defaults(const GenerationDefaults& defaults) {
   MOED_CHECK(defaults.temperature >= 0 && std::isfinite(defaults.temperature)) << "temperature";
-  MOED_CHECK(defaults.top_p > 0 && defaults.top_p <= 1) << "top_p";
-  MOED_CHECK(defaults.min_p >= 0 && defaults.min_p <= 1 && defaults.top_k >= 0) << "min_p, top_k";
-  MOED_CHECK(defaults.repetition_penalty > 0 && std::isfinite(defaults.repetition_penalty)) << "repetition_penalty";
+  MOED_CHECK(defaults.top_p >= 0 && std::isfinite(defaults.top_p)) << "top_p";
+  MOED_CHECK(defaults.min_p >= 0 && std::isfinite(defaults.min_p) && defaults.top_k >= 0) << "min_p, top_k";
+  MOED_CHECK(defaults.repetition_penalty >= 0 && std::isfinite(defaults.repetition_penalty)) << "repetition_penalty";
 }
 
 void check_tensors_of(const Model& model) {

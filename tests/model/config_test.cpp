@@ -403,17 +403,23 @@ TEST(Generation, AbsentFieldsKeepTheDefaults) {
   }
 }
 
+// A server brings them within what requests may ask for; a checkpoint that says so can be served.
+TEST(Generation, NumbersBeyondARequestsAreTaken) {
+  const StatusOr<Model> model = parse_model_config(
+      config_with(kLlama, {}), R"({"temperature": 2.5, "top_p": 0, "min_p": 1.5, "repetition_penalty": 0})");
+  ASSERT_TRUE(model.ok()) << model.status().message();
+  EXPECT_EQ(model->generation.temperature, 2.5);
+  EXPECT_EQ(model->generation.top_p, 0.0);
+}
+
 TEST(Generation, BadFieldsAreNamed) {
   const std::pair<const char*, const char*> bad[] = {{R"({"temperature": -1})", "temperature is -1"},
-                                                     {R"({"top_p": 0})", "top_p is 0"},
-                                                     {R"({"top_p": 1.5})", "top_p is 1.5"},
+                                                     {R"({"top_p": -0.5})", "top_p is -0.5"},
                                                      {R"({"top_k": -2})", "top_k is -2"},
                                                      {R"({"top_k": 2.5})", "top_k is 2.5"},
                                                      {R"({"min_p": "x"})", "min_p is \"x\""},
-                                                     {R"({"repetition_penalty": 0})", "repetition_penalty is 0"},
-                                                     {R"({"repetition_penalty": 1e-5})", "repetition_penalty is 1e-05"},
-                                                     {R"({"repetition_penalty": 101})", "repetition_penalty is 101"},
-                                                     {R"({"temperature": 2.1})", "temperature is 2.1"},
+                                                     {R"({"repetition_penalty": -1})", "repetition_penalty is -1"},
+                                                     {R"({"temperature": 1e7})", "temperature is 1e+07"},
                                                      {R"({"eos_token_id": "x"})", "eos_token_id is \"x\""},
                                                      {"[]", "not an object"},
                                                      {"{", "not valid JSON"}};

@@ -29,6 +29,17 @@ TEST(ApiKeysTest, NoneAtAllAndTheVariableAlone) {
   EXPECT_FALSE(one->accepts(""));
 }
 
+// Secrets are often files that end in a newline.
+TEST(ApiKeysTest, WhatEndsTheVariableIsNoPartOfTheKey) {
+  const auto keys = ApiKeys::load("", "key \r\n");
+  ASSERT_TRUE(keys.ok());
+  EXPECT_TRUE(keys->accepts("key"));
+  EXPECT_FALSE(keys->accepts("key \r\n"));
+  const auto blank = ApiKeys::load("", "\n");
+  ASSERT_FALSE(blank.ok()) << "a key was meant: the door must not be open";
+  EXPECT_NE(blank.status().message().find("MOED_API_KEY"), std::string::npos);
+}
+
 // A file that was meant to close the door must not leave it open.
 TEST(ApiKeysTest, AFileWithoutKeysIsAnError) {
   const TemporaryFolder folder;

@@ -169,7 +169,7 @@ TEST_F(ChoiceTextTest, NoStopBeforeMinTokens) {
   ChoiceTextOptions options;
   options.stop = {"a"};
   options.min_tokens = 3;
-  EXPECT_EQ(run("aaaa", options).text, "aa");
+  EXPECT_EQ(run("aaaaa", options).text, "aaa") << "the third token is not looked at, as in vLLM";
 }
 
 TEST_F(ChoiceTextTest, CharactersOfSeveralTokensComeWhole) {
@@ -180,6 +180,48 @@ TEST_F(ChoiceTextTest, CharactersOfSeveralTokensComeWhole) {
   const Answer broken = run("1\xe2\x82", {});
   EXPECT_EQ(broken.text, "1\xef\xbf\xbd");
   EXPECT_EQ(broken.num_tokens, 3);
+}
+
+// Scores of a character's parts wait for its text: they are cut with it, or go out with it.
+TEST_F(ChoiceTextTest, ScoresOfACharactersPartsTravelWithIt) {
+  const std::string euro = "\xe2\x82\xac";
+  ChoiceTextOptions options;
+  options.logprobs = true;
+  options.stop = {euro};
+  Answer answer = run("1" + euro + "2", options);
+  EXPECT_EQ(answer.text, "1");
+  EXPECT_EQ(answer.token_bytes, "1");
+  EXPECT_EQ(answer.num_tokens, 4);
+  options.include_stop = true;
+  EXPECT_EQ(run("1" + euro + "2", options).token_bytes, "1" + euro);
+  options = {};
+  options.logprobs = true;
+  answer = run(euro + "2", options);
+  EXPECT_EQ(answer.token_bytes, euro + "2");
+  EXPECT_EQ(answer.deltas, 3U) << "one that says the answer has begun, the character, the digit";
+  answer = run("1\xe2\x82", options);
+  EXPECT_EQ(answer.token_bytes, "1\xe2\x82") << "at the end of the answer they are shown, whole or not";
+}
+
+// Each way to cut an answer of characters of one to four bytes, a token each byte.
+TEST_F(ChoiceTextTest, StopStringsOfSeveralByteCharactersCutTheirScores) {
+  const std::vector<std::string> characters = {"a", "\xc3\xa9",    "\xe2\x82\xac", "\xf0\x9f\x99\x82",
+                                               "b", "\xe2\x82\xad"};
+  std::string text;
+  for (const std::string& character : characters) text += character;
+  for (size_t begin = 0; begin < characters.size(); ++begin) {
+    std::string stop;
+    for (size_t end = begin; end < characters.size(); ++end) {
+      stop += characters[end];
+      ChoiceTextOptions options;
+      options.logprobs = true;
+      options.stop = {stop};
+      const Answer answer = run(text, options);
+      EXPECT_EQ(answer.text, text.substr(0, text.find(stop))) << stop;
+      EXPECT_EQ(answer.token_bytes, answer.text) << stop;
+      EXPECT_EQ(answer.num_tokens, static_cast<int32_t>(answer.text.size() + stop.size()));
+    }
+  }
 }
 
 TEST_F(ChoiceTextTest, TheStopTokenIsNoText) {

@@ -87,6 +87,35 @@ TEST_F(GenerationTest, AFailureBehindTheEndOfAnAnswerIsNone) {
   EXPECT_EQ(generation_.poll().phase, Phase::kDone);
 }
 
+// A long prompt's scores are large: each choice shows them, none has a copy.
+TEST_F(GenerationTest, ChoicesShareTheirPromptsScores) {
+  ValidGeneration valid;
+  valid.requests.resize(1);
+  valid.requests[0].prompt = {'P', 'q'};
+  valid.requests[0].n = 2;
+  valid.prompt_texts = {"Pq"};
+  valid.echo = true;
+  valid.prompt_scores = true;
+  streams_.push_back(std::make_shared<RequestStream>(
+      100, [] {}, [] {}));
+  generation_.attach(std::move(valid), streams_);
+  streams_[0]->accept();
+  TokenEvent first = event('a', FinishReason::kLength);
+  first.prompt_scores = {{.token = 'q', .logprob = -1.5F, .top = {}}};
+  TokenEvent second = event('b', FinishReason::kLength);
+  second.choice = 1;
+  ASSERT_TRUE(streams_[0]->deliver(first));
+  ASSERT_TRUE(streams_[0]->deliver(second));
+  const Generation::Update update = generation_.poll();
+  ASSERT_EQ(update.deltas.size(), 2U);
+  for (const Delta& delta : update.deltas) {
+    ASSERT_EQ(delta.prompt_tokens.size(), 2U);
+    EXPECT_FALSE(delta.prompt_tokens[0].logprob.has_value());
+    EXPECT_FLOAT_EQ(*delta.prompt_tokens[1].logprob, -1.5F);
+    EXPECT_EQ(delta.prompt_tokens.begin(), update.deltas[0].prompt_tokens.begin()) << "the same memory";
+  }
+}
+
 TEST_F(GenerationTest, AFailureInMidAnswerComesBehindItsText) {
   attach();
   for (const auto& stream : streams_) stream->accept();

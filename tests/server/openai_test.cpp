@@ -95,6 +95,9 @@ TEST(OpenAiRequest, AcceptedAsNothing) {
       chat(R"("tools":[],"tool_choice":"none","response_format":{"type":"text"},"stop":[],"functions":[])").ok());
   EXPECT_TRUE(completion(R"("suffix":"","best_of":1,"use_beam_search":false,"bad_words":[])").ok());
   EXPECT_TRUE(completion(R"("best_of":4,"n":4)").ok());
+  EXPECT_TRUE(chat(R"("guided_json":false,"documents":false,"audio":false,"chat_template":"")").ok());
+  EXPECT_FALSE(chat(R"("stream":true,"prompt_logprobs":0)")->params.prompt_logprobs.has_value());
+  EXPECT_EQ(chat(R"("prompt_logprobs":0)")->params.prompt_logprobs, 0);
   EXPECT_EQ(chat(R"("max_tokens":5.0)")->params.max_tokens, 5);
 }
 
@@ -138,6 +141,10 @@ TEST(OpenAiRequest, WrongTypesNameTheField) {
   EXPECT_EQ(completion(R"("logprobs":-1)").status().param(), "logprobs");
   EXPECT_EQ(parse_chat_request("{}", kDepth).status().param(), "messages");
   EXPECT_EQ(parse_chat_request(R"({"messages":[]})", kDepth).status().param(), "messages");
+  EXPECT_STREQ(chat(R"("max_tokens":3)")->params.max_tokens_field, "max_tokens");
+  EXPECT_STREQ(chat(R"("max_completion_tokens":3)")->params.max_tokens_field, "max_completion_tokens");
+  EXPECT_STREQ(chat("")->params.logprobs_field, "top_logprobs");
+  EXPECT_STREQ(completion("")->params.logprobs_field, "logprobs");
   EXPECT_EQ(chat(R"("prompt_logprobs":-1)").status().param(), "prompt_logprobs");
   EXPECT_EQ(chat(R"("stream":true,"prompt_logprobs":1)").status().param(), "prompt_logprobs");
 }
@@ -325,6 +332,25 @@ TEST(OpenAiAnswer, CompletionLogprobsWithEcho) {
   EXPECT_EQ(logprobs["top_logprobs"][2]["rest"], -9999.0);
 }
 
+// Several tokens that are parts of characters read alike to a JSON parser: each keeps a name and a number of its own.
+TEST(OpenAiAnswer, TokensThatAreNoTextHaveNamesOfTheirOwn) {
+  auto call = completion(R"("logprobs":6)");
+  PlainAnswer answer(*call, {"cmpl-1", 17, "m"});
+  TokenText chosen{.token = 5, .bytes = "\xe2\x82", .logprob = -2.0F};
+  chosen.top = {{1, "\xe2", -0.5F},     {2, "\x82", -1.0F},         {3, "\xff", -1.5F},
+                {5, "\xe2\x82", -2.0F}, {4, "\xed\xa0\x80", -3.0F}, {6, "€", -4.0F}};
+  answer.add({.choice = 0, .text = "", .tokens = {chosen}, .finish = FinishReason::kLength});
+  const Json logprobs = Json::parse(answer.json({}, 1))["choices"][0]["logprobs"];
+  EXPECT_EQ(logprobs["tokens"], Json::parse(R"(["bytes:\\xe2\\x82"])"));
+  const Json& top = logprobs["top_logprobs"][0];
+  EXPECT_EQ(top.size(), 6U) << top;
+  EXPECT_EQ(top["bytes:\\xe2"], -0.5);
+  EXPECT_EQ(top["bytes:\\xff"], -1.5);
+  EXPECT_EQ(top["bytes:\\xe2\\x82"], -2.0);
+  EXPECT_EQ(top["bytes:\\xed\\xa0\\x80"], -3.0) << "a surrogate is no character";
+  EXPECT_EQ(top["€"], -4.0);
+}
+
 std::vector<Json> events(const std::string& stream) {
   std::vector<Json> out;
   for (size_t at = 0; at < stream.size();) {
@@ -370,6 +396,22 @@ TEST(OpenAiAnswer, ChatStream) {
   EXPECT_EQ(all[7], "[DONE]");
 }
 
+// The score of a token that ended the choice has no text to go with.
+TEST(OpenAiAnswer, ChatStreamsHaveNoEmptyChunkForTheStopTokensScore) {
+  auto call = chat(R"("stream":true,"logprobs":true)");
+  StreamAnswer answer(*call, {"chatcmpl-1", 17, "m"});
+  std::string out;
+  answer.add({.choice = 0, .text = "a", .tokens = {token(1, "a", -1.0F)}}, {}, out);
+  answer.add({.choice = 0, .text = "", .tokens = {token(2, "<eos>", -2.0F)}, .finish = FinishReason::kStop}, {}, out);
+  const std::vector<Json> all = events(out);
+  ASSERT_EQ(all.size(), 3U) << out;
+  EXPECT_EQ(all[1]["choices"][0]["logprobs"]["content"][0]["token"], "a");
+  const Json& last = all[2]["choices"][0];
+  EXPECT_EQ(last["delta"], Json::object());
+  EXPECT_EQ(last["finish_reason"], "stop");
+  EXPECT_EQ(last["logprobs"]["content"][0]["logprob"], -2.0);
+}
+
 TEST(OpenAiAnswer, StreamsWithoutUsageDoNotMentionIt) {
   auto call = completion(R"("stream":true,"logprobs":1)");
   StreamAnswer answer(*call, {"cmpl-1", 17, "m"});
@@ -387,11 +429,13 @@ TEST(OpenAiAnswer, StreamsWithoutUsageDoNotMentionIt) {
 }
 
 TEST(OpenAiAnswer, ContinuousUsage) {
-  auto call = chat(R"("stream":true,"stream_options":{"continuous_usage_stats":true})");
+  auto call = chat(R"("stream":true,"stream_options":{"include_usage":true,"continuous_usage_stats":true})");
   StreamAnswer answer(*call, {"chatcmpl-1", 17, "m"});
   std::string out;
   answer.add({.choice = 0, .text = "a", .num_tokens = 4}, {.prompt_tokens = 2, .completion_tokens = 9}, out);
   EXPECT_EQ(events(out).back()["usage"]["completion_tokens"], 4);
+  EXPECT_FALSE(chat(R"("stream":true,"stream_options":{"continuous_usage_stats":true})")->continuous_usage)
+      << "it says how usage is told, not that it is";
 }
 
 TEST(OpenAiAnswer, PromptLogprobs) {

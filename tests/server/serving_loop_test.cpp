@@ -28,9 +28,10 @@ RequestLimits limits() {
 // One request and what came of it.
 class Client {
  public:
-  Client(ServingLoop& loop, RequestId id, std::vector<int32_t> prompt, int32_t max_tokens, int32_t n = 1) {
+  Client(ServingLoop& loop, RequestId id, std::vector<int32_t> prompt, int32_t max_tokens, int32_t n = 1,
+         size_t events_max = 100000) {
     stream_ = std::make_shared<RequestStream>(
-        100000, [signal = signal_] { signal->notify(); }, [&loop] { loop.signal(); });
+        events_max, [signal = signal_] { signal->notify(); }, [&loop] { loop.signal(); });
     RequestSpec spec;
     spec.id = id;
     spec.prompt = std::move(prompt);
@@ -332,6 +333,32 @@ TEST_F(ServingLoopTest, PassesArePlannedByThePolicyAndSplitByAttention) {
     EXPECT_FALSE(plan.costs.host_allowed());
     EXPECT_EQ(plan.split, 1);  // of one sequence, and of three
   }
+}
+
+// Not as a full queue does: to try again would not help.
+TEST_F(ServingLoopTest, AClientThatDoesNotReadIsToldSo) {
+  begin(1024, 0);
+  Client client(*loop_, 1, prompt(4, 1), 100, 1, /*events_max=*/10);
+  for (int i = 0; i < 1000 && loop_->num_open() > 0; ++i) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  const RequestStream::News news = client.stream().take();
+  EXPECT_EQ(news.events.size(), 10U);
+  EXPECT_EQ(news.failure.code(), StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(news.failure.detail(), "client_too_slow");
+}
+
+TEST_F(ServingLoopTest, ThereIsNoTimeToAFirstTokenWhereThereIsNone) {
+  begin(1024, 0);
+  Client none(*loop_, 1, prompt(4, 1), 0);
+  none.wait_for(1);
+  wait_idle();
+  EXPECT_NE(metrics_.text().find("vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"test\"} 0"),
+            std::string::npos);
+  EXPECT_NE(metrics_.text().find("vllm:prompt_tokens_total{engine=\"0\",model_name=\"test\"} 4"), std::string::npos);
+  Client one(*loop_, 2, prompt(4, 1), 1);
+  one.wait_for(1);
+  wait_idle();
+  EXPECT_NE(metrics_.text().find("vllm:time_to_first_token_seconds_count{engine=\"0\",model_name=\"test\"} 1"),
+            std::string::npos);
 }
 
 TEST_F(ServingLoopTest, ARequestPastItsTimeFails) {

@@ -161,7 +161,7 @@ TEST(SettingsTest, BadFlagsAndVariables) {
   expect_error(load({"--model", "m", "--http-port="}), {"--http-port"});
   expect_error(load({"--model", "m", "--http-port", "-3"}), {"--http-port", "\"-3\""});
   expect_error(load({"--model", "m", "--kv-gib", "nan"}), {"--kv-gib", "memory.kv_gib"});
-  expect_error(load({"--model", "m"}, {"MOED_HTTP_PORT=tcp://10.0.0.1:80"}), {"MOED_HTTP_PORT", "server.http_port"});
+  expect_error(load({"--model", "m"}, {"MOED_HTTP_PORT=http"}), {"MOED_HTTP_PORT", "server.http_port"});
   expect_error(load({"--model", "m"}, {"MOED_INSECURE=perhaps"}), {"MOED_INSECURE", "true or false"});
 }
 
@@ -171,6 +171,16 @@ TEST(SettingsTest, UnknownVariablesWarn) {
   ASSERT_EQ(loaded->warnings.size(), 2u);
   EXPECT_NE(loaded->warnings[0].find("MOED_PORT"), std::string::npos);
   EXPECT_NE(loaded->warnings[1].find("did you mean MOED_QUEUE_MAX?"), std::string::npos) << loaded->warnings[1];
+}
+
+// What Kubernetes sets where Services are named moed-http and moed-grpc.
+TEST(SettingsTest, AddressesOfServicesAreNoPorts) {
+  auto loaded = load({"--model", "m"}, {"MOED_HTTP_PORT=tcp://10.0.0.1:80", "MOED_GRPC_PORT=tcp://10.0.0.2:50051"});
+  ASSERT_TRUE(loaded.ok()) << loaded.status().message();
+  EXPECT_EQ(loaded->settings.server.http_port, 8000);
+  EXPECT_EQ(loaded->settings.server.grpc_port, 50051);
+  ASSERT_EQ(loaded->warnings.size(), 2u);
+  EXPECT_NE(loaded->warnings[0].find("MOED_HTTP_PORT is tcp://10.0.0.1:80"), std::string::npos) << loaded->warnings[0];
 }
 
 TEST(SettingsTest, WhatIsNeededTogether) {

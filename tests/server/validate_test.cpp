@@ -99,6 +99,7 @@ TEST_F(ValidateTest, DefaultsComeFromTheModel) {
 }
 
 TEST_F(ValidateTest, FieldsReachTheRequest) {
+  context_.scheduler.scheduling_policy = "priority";
   GenerationParams params = completion("abc");
   params.n = 3;
   params.priority = -5;
@@ -277,6 +278,39 @@ TEST_F(ValidateTest, BadWordsAreTokenisedAloneAndBehindASpace) {
   EXPECT_TRUE(check(params).ok());
 }
 
+// What every prompt and every choice of a call carries is held once, however often the client spelled it.
+TEST_F(ValidateTest, ListsAreHeldOnceACall) {
+  GenerationParams params = completion("a");
+  params.prompts.resize(3, {"a", {}, false});
+  params.allowed_token_ids = std::vector<int64_t>(100'000, 5);
+  params.allowed_token_ids->push_back(4);
+  params.logit_bias = {{5, 1.0}};
+  params.bad_words = {"b"};
+  params.min_tokens = 1;
+  const auto valid = validate(params, context_);
+  ASSERT_TRUE(valid.ok()) << valid.status().message();
+  ASSERT_EQ(valid->requests.size(), 3U);
+  const SamplingParams& first = valid->requests[0].sampling;
+  EXPECT_EQ(first.allowed_token_ids, (std::vector<int32_t>{4, 5}));
+  for (const RequestSpec& spec : valid->requests) {
+    const SamplingParams copy = Request::make(spec, request_limits(context_))->spec().sampling;
+    EXPECT_EQ(copy.allowed_token_ids.begin(), first.allowed_token_ids.begin()) << "the same memory";
+    EXPECT_EQ(copy.logit_bias.begin(), first.logit_bias.begin());
+    EXPECT_EQ(copy.bad_words.begin(), first.bad_words.begin());
+  }
+}
+
+// Refused by validate() itself: behind it each prompt has its copy.
+TEST_F(ValidateTest, LongListsAreRefusedBeforeTheyAreCopied) {
+  GenerationParams params = completion("a");
+  params.stop_token_ids.assign(65, 1);
+  EXPECT_EQ(validate(params, context_).status().message(),
+            "stop_token_ids holds 65 entries, the limit is 64 (limits.stop_token_ids_max)");
+  params.stop_token_ids.clear();
+  params.logit_bias.assign(1025, {1, 1.0});
+  EXPECT_EQ(validate(params, context_).status().param(), "logit_bias");
+}
+
 TEST_F(ValidateTest, EachLimitIsItsSetting) {
   const auto with = [](auto set) {
     GenerationParams params = completion("a");
@@ -299,6 +333,95 @@ TEST_F(ValidateTest, EachLimitIsItsSetting) {
   expect_refused(with([](auto& p) { p.prompt_logprobs = 3; }), "prompt_logprobs", "2");
   limits.n_max = 2;
   expect_refused(with([](auto& p) { p.n = 3; }), "n", "2");
+}
+
+TEST_F(ValidateTest, NobodyGoesFirstWhereThePolicyIsFcfs) {
+  GenerationParams params = completion("a");
+  params.priority = -1;
+  expect_refused(params, "priority", "priority scheduling is not enabled (scheduler.scheduling_policy)");
+  params.priority = 0;
+  EXPECT_TRUE(check(params).ok());
+}
+
+TEST_F(ValidateTest, ABatchThatTheQueueCannotHoldIsNotToldToTryAgain) {
+  GenerationParams params = completion("abc");
+  params.prompts.resize(5, {"abc", {}, false});
+  params.n = 2;
+  context_.scheduler.queue_max = 5;
+  context_.scheduler.queue_tokens_max = 30;
+  EXPECT_TRUE(check(params).ok());
+  context_.scheduler.queue_tokens_max = 29;
+  expect_refused(params, "prompt", "29 (scheduler.queue_tokens_max)");
+  context_.scheduler.queue_max = 4;
+  expect_refused(params, "prompt", "4 (scheduler.queue_max)");
+  params.prompts.resize(1);
+  EXPECT_TRUE(check(params).ok()) << "one prompt is taken by an idle queue whatever its length";
+}
+
+// 2 prompts of 3 tokens and 4 new ones, 3 choices, each token with 2 alternatives: 2 * 7 * 3 * 3.
+TEST_F(ValidateTest, ScoresOfAnAnswerAreBounded) {
+  GenerationParams params = completion("abc");
+  params.prompts.resize(2, {"abc", {}, false});
+  params.n = 3;
+  params.max_tokens = 4;
+  params.logprobs = 2;
+  params.echo = true;
+  context_.limits.scores_max = 126;
+  EXPECT_TRUE(check(params).ok());
+  context_.limits.scores_max = 125;
+  expect_refused(params, "logprobs", "126 log-probabilities");
+  expect_refused(params, "logprobs", "125 (limits.scores_max)");
+  params.echo = false;
+  EXPECT_TRUE(check(params).ok()) << "72: the prompts are not scored";
+  params.prompt_logprobs = 2;
+  expect_refused(params, "prompt_logprobs", "126");
+  params.prompt_logprobs.reset();
+  params.logprobs.reset();
+  context_.limits.scores_max = 1;
+  EXPECT_TRUE(check(params).ok());
+
+  // Where the length is left open, it gives way.
+  params = chat(R"([{"role":"user","content":"hi"}])");
+  params.logprobs = 4;
+  params.n = 2;
+  context_.limits.scores_max = 100;
+  EXPECT_EQ(validate(params, context_)->requests[0].max_tokens, 10);
+  EXPECT_TRUE(check(params).ok());
+}
+
+// The template would print arguments as the JSON text that they came as, and the model would answer something else.
+TEST_F(ValidateTest, ToolHistoryIsRefusedByName) {
+  const auto refused = [&](const std::string& messages, const std::string& param) {
+    const Status status = check(chat(messages));
+    EXPECT_EQ(status.code(), StatusCode::kUnimplemented) << messages;
+    EXPECT_EQ(status.param(), param);
+    EXPECT_EQ(status.detail(), "unsupported_parameter");
+    EXPECT_NE(status.message().find("not supported yet"), std::string::npos) << status.message();
+  };
+  const std::string user = R"([{"role":"user","content":"hi"},)";
+  refused(user + R"({"role":"assistant","content":null,"tool_calls":[{"id":"1","type":"function",
+      "function":{"name":"f","arguments":"{}"}}]}])",
+          "messages[1].tool_calls");
+  refused(user + R"({"role":"assistant","content":null,"function_call":{"name":"f","arguments":"{}"}}])",
+          "messages[1].function_call");
+  refused(user + R"({"role":"tool","tool_call_id":"1","content":"4"}])", "messages[1].role");
+  refused(user + R"({"role":"function","name":"f","content":"4"}])", "messages[1].role");
+  refused(user + R"({"role":"user","tool_call_id":"1","content":"4"}])", "messages[1].tool_call_id");
+  EXPECT_TRUE(check(chat(user + R"({"role":"assistant","content":"a","tool_calls":[],"function_call":null}])")).ok());
+}
+
+TEST_F(ValidateTest, ErrorsNameTheFieldAsTheDoorDoes) {
+  GenerationParams params = completion("abc");
+  params.max_tokens_field = "max_completion_tokens";
+  params.max_tokens = 198;
+  expect_refused(params, "max_completion_tokens", "context length");
+  params.max_tokens = 0;
+  expect_refused(params, "max_completion_tokens", "max_completion_tokens must be");
+  params = chat(R"([{"role":"user","content":"hi"}])");
+  params.logprobs = 99;
+  expect_refused(params, "logprobs", "logprobs must be");
+  params.logprobs_field = "top_logprobs";
+  expect_refused(params, "top_logprobs", "top_logprobs must be");
 }
 
 TEST_F(ValidateTest, ContentListsReachTemplatesThatTakeThem) {
@@ -341,6 +464,15 @@ TEST_F(ValidateTest, TruncationKeepsTheEnd) {
   params.truncate_prompt_tokens = 2;
   auto valid = validate(params, context_);
   EXPECT_EQ(*tokenizer_->decode(valid->requests[0].prompt, false), "ef");
+  // -1: what fits beside the tokens asked for.
+  params = completion(std::string(500, 'x'));
+  params.truncate_prompt_tokens = -1;
+  params.max_tokens = 30;
+  EXPECT_EQ(validate(params, context_)->requests[0].prompt.size(), 170U);
+  params.max_tokens.reset();
+  EXPECT_EQ(validate(params, context_)->requests[0].prompt.size(), 184U);
+  params.max_tokens = 200;
+  expect_refused(params, "max_tokens", "context length");
   // Text that is too long for the context is no reason to refuse what is cut anyway.
   params = completion(std::string(1 << 20, 'x') + "yz");
   params.truncate_prompt_tokens = 3;
@@ -389,7 +521,18 @@ TEST_F(ValidateTest, DefaultsOfTheModelAreClamped) {
   defaults.temperature = 3.5;
   context_.defaults = defaults;
   EXPECT_FALSE(check(completion("a")).ok());
-  EXPECT_NE(clamp_defaults(defaults).find("temperature is 3.5"), std::string::npos);
+  defaults.top_p = 0.0;
+  defaults.min_p = 1.5;
+  defaults.repetition_penalty = 0.0;
+  EXPECT_EQ(clamp_defaults(defaults),
+            "generation_config.json: what requests may not ask for is no default: temperature 3.5 becomes 2, top_p 0 "
+            "becomes 1e-06, min_p 1.5 becomes 1, repetition_penalty 0 becomes 0.01");
+  context_.defaults = defaults;
+  EXPECT_TRUE(check(completion("a")).ok());
+  EXPECT_EQ(clamp_defaults(defaults), "");
+  defaults.top_p = 1.5;
+  defaults.repetition_penalty = 101.0;
+  clamp_defaults(defaults);
   context_.defaults = defaults;
   EXPECT_TRUE(check(completion("a")).ok());
 }
