@@ -419,7 +419,7 @@ TEST(Generation, BadFieldsAreNamed) {
                                                      {R"({"top_k": 2.5})", "top_k is 2.5"},
                                                      {R"({"min_p": "x"})", "min_p is \"x\""},
                                                      {R"({"repetition_penalty": -1})", "repetition_penalty is -1"},
-                                                     {R"({"temperature": 1e7})", "temperature is 1e+07"},
+                                                     {R"({"temperature": 1e7})", "temperature is 10000000.0"},
                                                      {R"({"eos_token_id": "x"})", "eos_token_id is \"x\""},
                                                      {"[]", "not an object"},
                                                      {"{", "not valid JSON"}};
