@@ -77,6 +77,9 @@ void linear(Matrix<const Bf16> x, const LinearWeights& weights, bool accumulate,
   run_kernel(multiply_linear_tiles, grid, dim3{kTileThreads}, 0, launch.stream, arguments(x, weights, accumulate, y));
 }
 
-void load_linear_kernels() { load_kernel(multiply_linear_tiles); load_kernel(multiply_linear_dots); }
+void load_linear_kernels() {
+  load_kernel(multiply_linear_tiles);
+  load_kernel(multiply_linear_dots);
+}
 
 }  // namespace moed::cuda
