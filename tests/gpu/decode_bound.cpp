@@ -24,8 +24,9 @@ MachineProfile profile_of(const Json& probe) {
   };
   MachineProfile machine;
   machine.link_bytes = kGbPerS * best({"copy_up_gb_per_s"});
-  machine.device_bytes = kGbPerS * best({"linear_1_row_gb_per_s", "linear_4_rows_gb_per_s", "linear_8_rows_gb_per_s",
-                                         "linear_16_rows_gb_per_s", "experts_2_rows_gb_per_s"});
+  machine.device_bytes =
+      kGbPerS * best({"linear_1_row_gb_per_s", "linear_4_rows_gb_per_s", "linear_8_rows_gb_per_s",
+                      "linear_16_rows_gb_per_s", "linear_32_rows_gb_per_s", "experts_2_rows_gb_per_s"});
   machine.device_flops = kTflopPerS * best({"linear_many_rows_tflop_per_s", "experts_many_rows_tflop_per_s"});
   machine.host_bytes = machine.host_flops = machine.attention_bytes = machine.attention_flops = kUnmeasured;
   return machine;

@@ -19,6 +19,7 @@ Json probe() {
           {"linear_4_rows_gb_per_s", 700.0},
           {"linear_8_rows_gb_per_s", 700.0},
           {"linear_16_rows_gb_per_s", 700.0},
+          {"linear_32_rows_gb_per_s", 700.0},
           {"linear_many_rows_tflop_per_s", 150.0},
           {"experts_2_rows_gb_per_s", 900.0},
           {"experts_many_rows_tflop_per_s", 100.0}};
