@@ -59,7 +59,7 @@ int64_t text_bytes(const GenerationParams& params) {
   size_t bytes = params.messages_json.size() + params.template_kwargs_json.size();
   for (const PromptInput& prompt : params.prompts) bytes += prompt.text.size() + prompt.ids.size() * sizeof(int64_t);
   for (const auto* const texts : {&params.stop, &params.bad_words}) {
-    for (const std::string& text : *texts) bytes += sizeof text + text.size();
+    for (const std::string& text : *texts) bytes += sizeof(std::string) + text.size();
   }
   bytes += params.stop_token_ids.size() * sizeof(int64_t);
   if (params.allowed_token_ids) bytes += params.allowed_token_ids->size() * sizeof(int64_t);
