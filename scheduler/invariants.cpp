@@ -73,8 +73,7 @@ void Scheduler::State::check_running() const {
     MOED_CHECK((sequence.num_missing() > 1) == prefilling.contains(running[i])) << "sequence " << sequence.id;
     num_prefilling += sequence.num_missing() > 1 ? 1 : 0;
     const BlockPool& pool = blocks_in(sequence.pool);
-    const int64_t largest = std::max(pools[0].allocator.num_blocks(), pools[1].allocator.num_blocks());
-    MOED_CHECK(final_blocks(sequence.num_prompt, sequence.max_tokens) <= largest)
+    MOED_CHECK(final_blocks(sequence.num_prompt, sequence.max_tokens) <= largest_pool_blocks())
         << "sequence " << sequence.id << " will outgrow every pool";
     std::vector<int32_t> blocks = sequence.blocks;
     std::ranges::sort(blocks);

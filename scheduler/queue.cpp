@@ -68,7 +68,7 @@ Scheduler::State::State(const SchedulerConfig& config_in)
 Status Scheduler::State::check_fits(const RequestSpec& spec) const {
   const auto num_prompt = static_cast<int64_t>(spec.prompt.size());
   const int64_t needed = final_blocks(num_prompt, spec.max_tokens);
-  const int64_t largest = std::max(pools[0].allocator.num_blocks(), pools[1].allocator.num_blocks());
+  const int64_t largest = largest_pool_blocks();
   if (needed > largest) {
     return Status(StatusCode::kInvalidArgument,
                   "prompt (" + std::to_string(num_prompt) + " tokens) and max_tokens (" +

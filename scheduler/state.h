@@ -76,6 +76,9 @@ struct Scheduler::State {
   }
   BlockPool& blocks_in(Pool pool) { return pools[static_cast<size_t>(pool)]; }
   const BlockPool& blocks_in(Pool pool) const { return pools[static_cast<size_t>(pool)]; }
+  int64_t largest_pool_blocks() const {
+    return std::max(pools[0].allocator.num_blocks(), pools[1].allocator.num_blocks());
+  }
   std::array<int64_t, 2> num_free() const { return {pools[0].allocator.num_free(), pools[1].allocator.num_free()}; }
   bool needs_scores(const Sequence& sequence) const {
     return !sequence.reported && sequence.choice == 0 && sequence.request->spec.prompt_logprobs;

@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <string_view>
+
+#include "text/utf8.h"
 
 namespace moed {
 
@@ -17,27 +18,9 @@ int64_t num_characters(const std::string& bytes) {
                        [](char c) { return (static_cast<unsigned char>(c) & 0xc0U) != 0x80U; });
 }
 
-bool is_utf8(std::string_view text) {
-  const auto byte = [&](size_t at) { return at < text.size() ? static_cast<unsigned char>(text[at]) : 0U; };
-  for (size_t i = 0; i < text.size();) {
-    const unsigned lead = byte(i++);
-    if (lead < 0x80U) continue;
-    if (lead < 0xc2U || lead > 0xf4U) return false;
-    // What the second byte may be keeps out surrogates, detours and what is beyond Unicode.
-    const unsigned low = lead == 0xe0U ? 0xa0U : lead == 0xf0U ? 0x90U : 0x80U;
-    const unsigned high = lead == 0xedU ? 0x9fU : lead == 0xf4U ? 0x8fU : 0xbfU;
-    if (byte(i) < low || byte(i) > high) return false;
-    ++i;
-    for (const unsigned longer : {0xe0U, 0xf0U}) {
-      if (lead >= longer && (byte(i++) & 0xc0U) != 0x80U) return false;
-    }
-  }
-  return true;
-}
-
 // As text that says which token it is, where the bytes are a part of a character.
 std::string token_name(const std::string& bytes) {
-  if (is_utf8(bytes)) return bytes;
+  if (is_valid_utf8(bytes)) return bytes;
   std::string name = "bytes:";
   for (const char c : bytes) {
     char spelled[8];

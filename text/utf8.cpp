@@ -47,6 +47,15 @@ size_t incomplete_utf8_suffix(std::string_view bytes) {
   return 0;
 }
 
+bool is_valid_utf8(std::string_view bytes) {
+  while (!bytes.empty()) {
+    const Scan next = scan(bytes);
+    if (!next.valid) return false;
+    bytes.remove_prefix(next.size);
+  }
+  return true;
+}
+
 std::string replace_invalid_utf8(std::string_view bytes) {
   std::string result;
   result.reserve(bytes.size());

@@ -19,6 +19,14 @@ TEST(Utf8Test, ReplacesEachMaximalIllFormedPartOnce) {
   EXPECT_EQ(replace_invalid_utf8("\xFF"), kBad);
 }
 
+TEST(Utf8Test, IsValidWithoutIllFormedParts) {
+  for (const char* whole : {"", "a", "ä€😀z", "\xF4\x8F\xBF\xBF", "\xEF\xBF\xBD"}) EXPECT_TRUE(is_valid_utf8(whole));
+  for (const char* broken :
+       {"\xE4\xB8", "a\xF0\x9F\x98z", "\xE0\x80\x80", "\xED\xA0\x80", "\xC0\xAF", "\xF4\x90\x80\x80", "\x80", "\xFF"}) {
+    EXPECT_FALSE(is_valid_utf8(broken));
+  }
+}
+
 TEST(Utf8Test, HoldsOnlyWhatMayBecomeACharacter) {
   EXPECT_EQ(incomplete_utf8_suffix(""), 0u);
   EXPECT_EQ(incomplete_utf8_suffix("abc"), 0u);
