@@ -56,7 +56,7 @@ StatusOr<bool> ChoiceText::push(const TokenEvent& event, std::vector<Delta>& del
     end(FinishReason::kStop, delta);
   } else if (event.finish != FinishReason::kNone) {
     MOED_ASSIGN_OR_RETURN(const std::string tail, detokenizer_.flush());
-    release(matcher_.pass(tail), delta);
+    release(matcher_.flush() + tail, delta);
     for (Held& held : held_) delta.tokens.push_back(std::move(held.token));
     held_.clear();
     delta.stop_token = event.stop_token;

@@ -20,7 +20,7 @@ struct ChoiceTextOptions {
   SharedVector<std::string> stop;
   bool include_stop = false;  // the stop string, or the stop token's text, stays in the answer
   bool skip_special_tokens = true;
-  int32_t min_tokens = 0;  // stop strings are not looked for in the first so many tokens
+  int32_t min_tokens = 0;  // no stop string counts that ends in the first so many tokens
   bool logprobs = false;   // deltas carry logprobs
 };
 

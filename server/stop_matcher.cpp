@@ -20,15 +20,25 @@ StopMatcher::Result StopMatcher::push(std::string_view piece) {
       result.stop = i;
     }
   }
-  const size_t released = result.stop >= 0 ? best_begin : held_.size() - held_length();
-  result.text = held_.substr(0, released);
-  held_.erase(0, result.stop >= 0 ? held_.size() : released);
+  if (result.stop < 0) {
+    result.text = release();
+  } else {
+    result.text = held_.substr(0, best_begin);
+    held_.clear();
+  }
   return result;
 }
 
 std::string StopMatcher::pass(std::string_view piece) {
   held_ += piece;
-  return flush();
+  return release();
+}
+
+std::string StopMatcher::release() {
+  const size_t released = held_.size() - held_length();
+  std::string text = held_.substr(0, released);
+  held_.erase(0, released);
+  return text;
 }
 
 // The longest end of what is held that begins some stop string.

@@ -21,7 +21,7 @@ class StopMatcher {
   };
   // REQUIRES: no stop string was found yet.
   Result push(std::string_view piece);
-  // Releases a piece, and all that was held, without looking for stop strings.
+  // A piece in which no stop string counts that ends there; one that begins there may end in a later piece.
   std::string pass(std::string_view piece);
   // The end of the answer: what was held.
   std::string flush() { return std::exchange(held_, {}); }
@@ -30,6 +30,8 @@ class StopMatcher {
 
  private:
   size_t held_length() const;
+  // All but what may begin a stop string.
+  std::string release();
 
   SharedVector<std::string> stops_;
   std::string held_;

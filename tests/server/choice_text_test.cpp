@@ -172,6 +172,25 @@ TEST_F(ChoiceTextTest, NoStopBeforeMinTokens) {
   EXPECT_EQ(run("aaaaa", options).text, "aaa") << "the third token is not looked at, as in vLLM";
 }
 
+// As in vLLM a stop string counts when its end lies behind the first tokens, wherever it begins.
+TEST_F(ChoiceTextTest, AStopMayBeginWithinMinTokens) {
+  for (const std::string stop : {"END", "aba", "aa", "xyz"}) {
+    for (const std::string text : {"ENDENDEND", "..END.END", "ababababa", "aaaaaaaaa", ".xyxyzxyz"}) {
+      for (int32_t min_tokens = 0; min_tokens <= 9; ++min_tokens) {
+        ChoiceTextOptions options;
+        options.stop = {stop};
+        options.min_tokens = min_tokens;
+        size_t begin = 0;
+        while (begin < text.size() && (text.compare(begin, stop.size(), stop) != 0 ||
+                                       static_cast<int32_t>(begin + stop.size()) <= min_tokens)) {
+          ++begin;
+        }
+        EXPECT_EQ(run(text, options).text, text.substr(0, begin)) << stop << " in " << text << ", " << min_tokens;
+      }
+    }
+  }
+}
+
 TEST_F(ChoiceTextTest, CharactersOfSeveralTokensComeWhole) {
   const std::string euro = "\xe2\x82\xac";
   const Answer whole = run("1" + euro + "2", {});
