@@ -36,6 +36,8 @@ function(moed_test name)
   add_executable(${name} ${ARG_SOURCES})
   target_link_libraries(${name} PRIVATE moed_options ${ARG_DEPS} GTest::gtest GTest::gtest_main)
   target_compile_definitions(${name} PRIVATE MOED_SOURCE_DIR="${CMAKE_SOURCE_DIR}")
+  # A third less to compile; what a test spends its time in are the libraries.
+  target_compile_options(${name} PRIVATE $<$<CONFIG:Release>:-O1>)
   gtest_discover_tests(${name} NO_PRETTY_VALUES DISCOVERY_TIMEOUT 60 TEST_FILTER "-*.Timed*" PROPERTIES TIMEOUT 600)
   gtest_discover_tests(${name} NO_PRETTY_VALUES DISCOVERY_TIMEOUT 60 TEST_FILTER "*.Timed*" PROPERTIES TIMEOUT 600 RUN_SERIAL TRUE)
 endfunction()
