@@ -3,7 +3,8 @@
 # against transformers' logits and against itself, the ring under stress, copies beside products, then decoding with
 # made-up weights that are larger than the device's memory. Right before fast: what may be wrong comes first. The
 # report is written after every step, so that whoever is cut off keeps what was found. No network.
-# usage: gpu_check.sh [--device SPEC] [--out FOLDER] [--work FOLDER] [--nvcc PATH] [--steps "NAME..."] [--minutes N] [ARCHIVE]
+# usage: gpu_check.sh [--device SPEC] [--out FOLDER] [--work FOLDER] [--nvcc PATH] [--steps "NAME..."] [--minutes N]
+#          [--host-memory-gib N] [ARCHIVE]
 #   ARCHIVE   what `make gpu-bundle` wrote; without one the archive that this script was unpacked from
 #   --device  cuda (default), cuda:N, or emulated: a rehearsal with small shapes, without nvcc
 #   --out     where the report goes: report.txt, report.json, logs (default: gpu-report)
@@ -12,9 +13,12 @@
 #             device ops goldens same-bits ring probe bench, or one bench by its name
 #   --minutes what all of it may take (default: 9.5; ten times that on an emulated device). A step gets what is left, and
 #             is skipped where next to nothing is
+#   --host-memory-gib  for the benches, where the machine's memory grows as it is used and says too little of itself
 set -euo pipefail
 
-device=cuda out=gpu-report work=gpu-work archive= nvcc= steps= minutes=9.5
+device=cuda out=gpu-report work=gpu-work archive= nvcc= steps= minutes=9.5 host_memory_gib=0
+# An abort with all those weights would write them to disk.
+ulimit -c 0
 fail() { echo "gpu_check.sh: $*" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   case $1 in
@@ -24,6 +28,7 @@ while [ $# -gt 0 ]; do
     --nvcc) nvcc=${2:?}; shift 2 ;;
     --steps) steps=${2:?}; shift 2 ;;
     --minutes) minutes=${2:?}; shift 2 ;;
+    --host-memory-gib) host_memory_gib=${2:?}; shift 2 ;;
     -*) fail "unknown option $1" ;;
     *) archive=$1; shift ;;
   esac
@@ -50,6 +55,11 @@ unpack() {
   local fresh=$work/unpacked file
   rm -rf "$fresh" && mkdir -p "$fresh" "$work/moed-gpu"
   tar -xzf "$archive" -C "$fresh"
+  if rmdir "$work/moed-gpu" 2>/dev/null; then
+    mv "$fresh/moed-gpu" "$work/moed-gpu"
+    rm -rf "$fresh"
+    return 0
+  fi
   (cd "$fresh/moed-gpu" && find . -type f) | while IFS= read -r file; do
     if cmp -s "$fresh/moed-gpu/$file" "$work/moed-gpu/$file"; then continue; fi
     mkdir -p "$(dirname "$work/moed-gpu/$file")"
@@ -114,7 +124,32 @@ record() {
   if [ -e "$out/steps.txt" ]; then others=$(grep -v "^$1 " "$out/steps.txt" || true); fi
   { if [ -n "$others" ]; then echo "$others"; fi; echo "$*"; } >"$out/steps.next"
   mv "$out/steps.next" "$out/steps.txt"
-  if [ -x "$build/tests/gpu/gpu_report" ]; then "$build/tests/gpu/gpu_report" "$out" >/dev/null || true; fi
+  report >/dev/null || true
+}
+
+# What gpu_report makes of it, and of each step that failed what its log ends with.
+report() {
+  local code=1 name result seconds
+  if [ -x "$build/tests/gpu/gpu_report" ]; then
+    code=0
+    "$build/tests/gpu/gpu_report" "$out" >/dev/null || code=$?
+  else
+    cat "$out/machine.txt" "$out/steps.txt" >"$out/report.txt"
+    echo "$(grep -c ' passed ' "$out/steps.txt" || true) passed, $(grep -c ' failed ' "$out/steps.txt" || true) failed" >>"$out/report.txt"
+  fi
+  while read -r name result seconds; do
+    if [ "$result" != failed ] || [ ! -e "$out/$name.log" ]; then continue; fi
+    echo
+    echo "Of $name.log, $seconds s"
+    grep -E '^\[  FAILED  \]|error:' "$out/$name.log" | head -n 40 || true
+    tail -n 15 "$out/$name.log"
+  done <"$out/steps.txt" >"$out/failed.next"
+  # The counts stay last.
+  { head -n -1 "$out/report.txt"; cat "$out/failed.next"; tail -n 1 "$out/report.txt"; } >"$out/report.next"
+  mv "$out/report.next" "$out/report.txt"
+  rm "$out/failed.next"
+  cat "$out/report.txt"
+  return "$code"
 }
 
 # step NAME SECONDS_MAX COMMAND...: its result into steps.txt and the report, its output into NAME.log. What is cut off
@@ -139,7 +174,8 @@ step() {
   fi
   if [ "$code" != 0 ]; then
     result=failed
-    echo "exit code $code; the end of $name.log:"
+    echo "exit code $code; of $name.log:"
+    grep -E '^\[  FAILED  \]|error:' "$out/$name.log" | head -n 20 || true
     tail -n 15 "$out/$name.log"
   fi
   record "$name" "$result" $((SECONDS - began))
@@ -206,9 +242,9 @@ benches() {
   for name in 16 24; do
     gib=$(awk "BEGIN {printf \"%.3f\", $name * 1e9 / 1073741824 - 0.5}")
     bench "mixtral-16-layers-${name}gb" "$gib" --shape mixtral-8x7b --layers 16 --policy stream --clients 64 \
-      --prompt 64 --new 8 --pass-rows-max 4096 --kv-gib 4 --max-model-len 1024
+      --prompt 64 --new 8 --pass-rows-max 4096 --kv-gib 1 --max-model-len 1024 --host-memory-gib "$host_memory_gib"
     bench "qwen3-30b-a3b-${name}gb" "$gib" --shape qwen3-30b-a3b --policy stream --clients 64 --prompt 64 --new 8 \
-      --pass-rows-max 4096 --kv-gib 4 --max-model-len 1024
+      --pass-rows-max 4096 --kv-gib 1 --max-model-len 1024 --host-memory-gib "$host_memory_gib"
   done
 }
 
@@ -216,6 +252,27 @@ benches() {
 test_step() {
   wanted "$1" || return 0
   step "$@" || true
+}
+
+# suite NAME SECONDS_MAX TESTS [ARGUMENT...]: a GoogleTest binary, as test_step.
+suite() {
+  local name=$1 limit=$2
+  shift 2
+  test_step "$name" "$limit" bash -c "$(declare -f run_suite); run_suite \"\$@\"" suite "$@"
+}
+
+# A kernel that faults takes its process with it, and the tests that were to follow: then each runs in one of its own, with
+# launches that wait, so that the op that faults is named.
+run_suite() {
+  local code=0 count index
+  "$@" || code=$?
+  if [ "$code" -lt 128 ]; then return "$code"; fi
+  count=$("$@" --gtest_list_tests | grep -c '^  ')
+  echo "the suite died ($code); its $count tests one by one:"
+  for ((index = 0; index < count; ++index)); do
+    CUDA_LAUNCH_BLOCKING=1 GTEST_TOTAL_SHARDS=$count GTEST_SHARD_INDEX=$index "$@" || true
+  done
+  return "$code"
 }
 
 choose_options
@@ -230,21 +287,24 @@ mv "$out/machine.next" "$out/machine.txt"
 cat "$out/machine.txt"
 # With ccache a second check of an archive compiles only what changed, wherever it was unpacked.
 export MOED_TEST_DEVICE=$device CCACHE_BASEDIR=$root CCACHE_NOHASHDIR=1
-if ! step configure 60 cmake -S "$root" -B "$build" "${options[@]}" ||
-  ! step build 240 cmake --build "$build" -j "$jobs" --target "${targets[@]}"; then
-  echo "0 passed, 1 failed"
+if ! step configure 60 cmake -S "$root" -B "$build" "${options[@]}"; then
+  report
   exit 1
 fi
+# What one unit breaks is not built; the rest is tried all the same.
+keep_going=(-k)
+if [ -e "$build/build.ninja" ]; then keep_going=(-k 0); fi
+step build 240 cmake --build "$build" -j "$jobs" --target "${targets[@]}" -- "${keep_going[@]}" || true
 tiny=()
 if [ "$device" = emulated ]; then tiny=(--tiny); fi
-test_step device 45 "$build/tests/gpu/gpu_device_test"
-test_step ops 90 "$build/tests/gpu/gpu_ops_test"
-test_step goldens 90 "$build/tests/engine/engine_golden_test" --gtest_filter='*EveryPolicyEqualsTransformers*'
-test_step same-bits 90 "$build/tests/gpu/gpu_same_bits_test"
-test_step ring 60 "$build/tests/offload/offload_test" --gtest_filter='Devices/RingOn*'
+suite device 45 "$build/tests/gpu/gpu_device_test"
+suite ops 90 "$build/tests/gpu/gpu_ops_test"
+suite goldens 90 "$build/tests/engine/engine_golden_test" --gtest_filter='*EveryPolicyEqualsTransformers*'
+suite same-bits 90 "$build/tests/gpu/gpu_same_bits_test"
+suite ring 60 "$build/tests/offload/offload_test" --gtest_filter='Devices/RingOn*'
 test_step probe 60 "$build/tests/gpu/gpu_probe" "$device" "$out/probe.json" "${tiny[@]}"
 benches
 for name in $steps; do
   grep -q "^$name" "$out/steps.txt" || fail "no step is called '$name'"
 done
-"$build/tests/gpu/gpu_report" "$out"
+report

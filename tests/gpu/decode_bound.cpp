@@ -16,11 +16,12 @@ constexpr double kGbPerS = 1e3;      // bytes a microsecond
 constexpr double kTflopPerS = 1e6;   // FLOP a microsecond
 constexpr double kUnmeasured = 1.0;  // of the host, for which there is no work
 
+// What a probe that was cut off did not measure bounds nothing.
 MachineProfile profile_of(const Json& probe) {
   const auto best = [&](std::initializer_list<const char*> fields) {
     double most = 0.0;
-    for (const char* field : fields) most = std::max(most, probe.at(field).get<double>());
-    return most;
+    for (const char* field : fields) most = std::max(most, probe.value(field, 0.0));
+    return most > 0.0 ? most : INFINITY;
   };
   MachineProfile machine;
   machine.link_bytes = kGbPerS * best({"copy_up_gb_per_s"});
@@ -46,6 +47,7 @@ Json decode_bound(const Json& bench, const Json& probe, double rows) {
   Planning planning;
   planning.policy = policy_of(bench.at("policy").get<std::string>());
   if (!model.ok() || planning.policy == nullptr || rows < 1.0 || probe.at("tiny").get<bool>()) return nullptr;
+  if (!probe.contains("copy_up_gb_per_s")) return nullptr;
   ModelConfig& config = model->config;
   config.num_layers = bench.at("layers").get<int32_t>();
   config.layers.resize(config.num_layers);

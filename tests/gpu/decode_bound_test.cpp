@@ -25,6 +25,13 @@ Json probe() {
           {"experts_many_rows_tflop_per_s", 100.0}};
 }
 
+TEST(DecodeBound, AProbeThatWasCutOffBoundsByWhatItHas) {
+  const Json cut = {{"tiny", false}, {"copy_up_gb_per_s", 25.0}};
+  EXPECT_EQ(decode_bound(bench("mixtral-8x7b", 16), cut, 64.0).at("new_tokens_per_s"),
+            decode_bound(bench("mixtral-8x7b", 16), probe(), 64.0).at("new_tokens_per_s"));
+  EXPECT_TRUE(decode_bound(bench("mixtral-8x7b", 16), {{"tiny", false}}, 64.0).is_null());
+}
+
 // Policy stream keeps nothing from pass to pass, however many slots there are.
 TEST(DecodeBound, EveryExpertOfEveryLayerIsCopied) {
   const double mixtral_gb = 16 * 8 * 3.0 * 4096 * 14336 * 2e-9;

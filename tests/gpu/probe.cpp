@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <numeric>
 #include <random>
 #include <string>
 #include <string_view>
@@ -68,10 +70,13 @@ class Probe {
                                   .choices = 2});
   }
 
-  Json run() {
-    Json json;
+  // save: after each group, so that what was found outlives what fails later.
+  void run(Json& json, const std::function<void()>& save) {
     json["copy_up_gb_per_s"] = copied_gb() / seconds([&] { copies(*streams_[0], true); });
     json["copy_down_gb_per_s"] = copied_gb() / seconds([&] { copies(*streams_[0], false); });
+    save();
+    overlap(json);
+    save();
     const double weights_gb = static_cast<double>(sizes_.hidden) * sizes_.intermediate * 2e-9;
     json["linear_1_row_gb_per_s"] = weights_gb / seconds([&] { product(1); });
     for (const int32_t rows : {4, 8, 16, 32}) {
@@ -80,10 +85,10 @@ class Probe {
     const double flops = 2e-12 * sizes_.many_rows * sizes_.hidden * sizes_.intermediate;
     json["linear_many_rows"] = sizes_.many_rows;
     json["linear_many_rows_tflop_per_s"] = flops / seconds([&] { product(sizes_.many_rows); });
-    experts(json);
     json["launch_us"] = 1e6 / sizes_.num_launches * seconds([&] { launches(); });
-    overlap(json);
-    return json;
+    save();
+    experts(json);
+    save();
   }
 
  private:
@@ -105,6 +110,16 @@ class Probe {
     }
     streams_[0]->record(*events_[0]);
     check(events_[0]->join());
+  }
+
+  // To where the engine has what a layer's router said.
+  Buffer upload(const std::vector<int32_t>& numbers) {
+    const auto bytes = static_cast<int64_t>(numbers.size() * sizeof(int32_t));
+    Buffer to = buffer(bytes);
+    streams_[0]->copy(to.data(), numbers.data(), bytes);
+    streams_[0]->record(*events_[0]);
+    check(events_[0]->join());
+    return to;
   }
 
   double copied_gb() const { return 1e-9 * static_cast<double>(sizes_.packet_bytes) * sizes_.num_packets; }
@@ -168,10 +183,12 @@ class Probe {
     }
     for (const int32_t rows_each : {2, sizes_.many_rows / sizes_.num_experts}) {
       const int32_t pairs = rows_each * sizes_.num_experts;
-      const Buffer offsets = device_.allocate(4 * (sizes_.num_experts + 1), Memory::kMapped).value();
-      const Buffer order = device_.allocate(4 * pairs, Memory::kMapped).value();
-      for (int32_t i = 0; i <= sizes_.num_experts; ++i) offsets.as<int32_t>()[i] = i * rows_each;
-      for (int32_t i = 0; i < pairs; ++i) order.as<int32_t>()[i] = i;
+      std::vector<int32_t> starts(sizes_.num_experts + 1);
+      for (int32_t i = 0; i <= sizes_.num_experts; ++i) starts[i] = i * rows_each;
+      std::vector<int32_t> all(pairs);
+      std::iota(all.begin(), all.end(), 0);
+      const Buffer offsets = upload(starts);
+      const Buffer order = upload(all);
       const Buffer scratch = buffer(int64_t{pairs} * sizes_.intermediate * 2);
       ExpertFfn ffn;
       ffn.x = {x_.as<Bf16>(), pairs, sizes_.hidden};
@@ -225,8 +242,7 @@ int run(const std::string& spec, const std::string& path, bool is_tiny) {
     return 1;
   }
   Json json = {{"device", std::string((*device)->description())}, {"spec", spec}, {"tiny", is_tiny}};
-  json.update(probe.run());
-  std::ofstream(path) << json.dump(2) << "\n";
+  probe.run(json, [&] { std::ofstream(path) << json.dump(2) << "\n"; });
   std::printf("%s\n", json.dump(2).c_str());
   // An emulated device has no time of its own.
   const bool has_time = spec.starts_with("cuda");

@@ -60,7 +60,9 @@ TEST(CudaRequirements, SaysWhatIsMissing) {
 
   offer = h200();
   offer.num_devices = 0;
-  expect_refused(offer, "shows no GPU");
+  expect_refused(offer, "shows no GPU (CUDA_VISIBLE_DEVICES hides some?)");
+  offer.refusal = "system not yet initialized (error 802)";
+  expect_refused(offer, "shows no GPU (system not yet initialized (error 802))");
 
   offer = h200();
   offer.name = "Tesla T4";

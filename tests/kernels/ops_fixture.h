@@ -34,6 +34,7 @@ class OpsTest : public testing::TestWithParam<OpsDevice> {
     staged_ = std::make_unique<StagedOps>(*device_);
     ASSERT_TRUE(device_->ops().reserve(cases::limits_for(kRowsMax)).ok());
   }
+  bool has_tensor_cores() const { return GetParam().device.starts_with("cuda"); }
   // On a device with memory of its own, ops that carry their arguments there and back.
   Ops& ops() { return device_->is_host() ? device_->ops() : *staged_; }
 

@@ -16,6 +16,8 @@ std::vector<double> to_double(const float* x, int64_t n) { return {x, x + n}; }
 
 double tolerance(double eps, double k, double norm) { return 2.0 * std::sqrt(std::max(k, 1.0)) * eps * norm + 1e-30; }
 
+double truncation(double k, double magnitude) { return k / 8.0 * 2.0 * kEpsFloat * magnitude; }
+
 namespace {
 
 struct Sum {

@@ -17,6 +17,10 @@ std::vector<double> to_double(const float* x, int64_t n);
 constexpr double kEpsFloat = 5.9604644775390625e-8;  // 2^-24
 constexpr double kEpsBf16 = 0.00390625;              // 2^-8
 double tolerance(double eps, double k, double norm);
+// What tensor cores may miss beside: they cut the sum off after every eight products (Fasi, Higham, Mikaitis, Pranesh,
+// "Numerical behavior of NVIDIA tensor cores", PeerJ Computer Science 7, 2021), always toward zero, so that errors of k
+// terms do not cancel. magnitude: the most that the sum is likely to reach.
+double truncation(double k, double magnitude);
 
 struct Checked {
   std::vector<double> value;

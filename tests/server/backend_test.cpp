@@ -249,7 +249,7 @@ TEST_F(BackendTest, PlacementThatCannotBeIsRefusedBeforeWeightsAreLoaded) {
 
 // Its memory is the host's: what both take must be there.
 TEST_F(BackendTest, AnEmulatedDeviceLargerThanTheHostIsRefused) {
-  const double free_gib = static_cast<double>(machine_memory().host_free_bytes) / (1 << 30);
+  const double free_gib = static_cast<double>(machine_memory(0.0).host_free_bytes) / (1 << 30);
   Settings settings = settings_for("emulated");
   settings.device.device_memory_gib = free_gib + 8;
   settings.placement.kv = "device";
@@ -274,10 +274,21 @@ TEST_F(BackendTest, ACapAboveTheDevicesMemoryIsSaidAndCapsNothing) {
 }
 
 TEST(MachineMemory, IsWhatThisMachineHas) {
-  const MachineMemory memory = machine_memory();
+  const MachineMemory memory = machine_memory(0.0);
   EXPECT_GT(memory.host_free_bytes, 0);
   EXPECT_LT(memory.host_free_bytes, int64_t{1} << 50);
   EXPECT_TRUE(memory.source == "MemAvailable" || memory.source == "cgroup memory.max") << memory.source;
+}
+
+TEST_F(BackendTest, HostMemoryIsWhatTheSettingSays) {
+  Settings settings = settings_for("cpu");
+  settings.memory.host_memory_gib = 0.25;
+  const auto backend = load_with(settings);
+  ASSERT_FALSE(backend.ok());
+  EXPECT_EQ(backend.status().code(), StatusCode::kResourceExhausted);
+  EXPECT_NE(backend.status().message().find("free 0.2 (memory.host_memory_gib)"), std::string::npos)
+      << backend.status().message();
+  EXPECT_EQ(machine_memory(1e4).host_free_bytes, int64_t{10000} << 30) << "more than the machine says it has";
 }
 
 }  // namespace

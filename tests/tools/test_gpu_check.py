@@ -53,8 +53,34 @@ def test_it_deletes_only_what_is_its_own(check, tmp_path):
     code, results, _ = check("--device", "emulated")
     assert code != 0 and results["configure"] == "passed" and results["ops"] == "failed"
     assert all((out / name).read_text() == "old" for name in others)
-    assert not (out / "report.txt").exists() and not (out / "probe.json").exists() and not (out / "bench-tiny.json").exists()
+    assert not (out / "probe.json").exists() and not (out / "bench-tiny.json").exists()
     assert (out / "ops.log").read_text() != "old"
+
+
+def test_the_report_says_how_steps_ended_though_nothing_was_built(check, tmp_path):
+    check("--device", "emulated")
+    text = (tmp_path / "out/report.txt").read_text()
+    assert "Of ops.log" in text and "No such file" in text
+    assert text.splitlines()[-1] == "2 passed, 7 failed"
+
+
+def test_a_suite_that_dies_is_run_test_by_test(check, tmp_path):
+    suite = tmp_path / "moed-gpu/build/tests/gpu/gpu_ops_test"
+    suite.parent.mkdir(parents=True)
+    suite.write_text("""#!/bin/bash
+case "$*${GTEST_SHARD_INDEX:-}" in
+  --gtest_list_tests) printf 'Suite.\\n  First\\n  Second\\n  Third\\n' ;;
+  1) echo "[  FAILED  ] Suite.Second, an illegal address"; kill -ABRT $$ ;;
+  0 | 2) echo "[  PASSED  ] $GTEST_SHARD_INDEX of $GTEST_TOTAL_SHARDS, waits: $CUDA_LAUNCH_BLOCKING" ;;
+  *) kill -ABRT $$ ;;
+esac
+""")
+    suite.chmod(0o755)
+    _, results, _ = check("--device", "emulated", "--steps", "ops")
+    log = (tmp_path / "out/ops.log").read_text()
+    assert results["ops"] == "failed" and "its 3 tests one by one" in log
+    assert "0 of 3, waits: 1" in log and "2 of 3, waits: 1" in log
+    assert "[  FAILED  ] Suite.Second, an illegal address" in (tmp_path / "out/report.txt").read_text()
 
 
 def test_a_step_without_time_is_skipped(check):

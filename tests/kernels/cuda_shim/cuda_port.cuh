@@ -133,6 +133,12 @@ inline void split_word(uint32_t word, float* to) {
   to[1] = from_bf16(static_cast<uint16_t>(word >> 16));
 }
 
+// As tensor cores end a sum of products.
+inline float toward_zero(double x) {
+  const auto nearest = static_cast<float>(x);
+  return std::abs(double{nearest}) > std::abs(x) ? std::nextafter(nearest, 0.0F) : nearest;
+}
+
 inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          const source_location& at = source_location::current()) {
   Fragments mine;
@@ -150,8 +156,12 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (
       for (unsigned i = 0; i < 2; ++i) split_word(of_column.b[i], columns[column] + q * 2 + i * 8);
     }
   }
-  for (unsigned k = 0; k < 16; ++k) {
-    for (unsigned i = 0; i < 4; ++i) d[i] += rows[i / 2][k] * columns[i % 2][k];
+  for (unsigned begin = 0; begin < 16; begin += 8) {
+    for (unsigned i = 0; i < 4; ++i) {
+      double sum = d[i];
+      for (unsigned k = begin; k < begin + 8; ++k) sum += double{rows[i / 2][k]} * double{columns[i % 2][k]};
+      d[i] = toward_zero(sum);
+    }
   }
 }
 
