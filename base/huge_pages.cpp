@@ -16,17 +16,18 @@ constexpr int64_t kTouchThreadsMax = 8;
 
 }  // namespace
 
-StatusOr<HugePages> HugePages::allocate(int64_t bytes) { return map(bytes, 0, MADV_HUGEPAGE); }
+StatusOr<HugePages> HugePages::allocate(int64_t bytes) { return map(bytes, MADV_HUGEPAGE); }
 
-StatusOr<HugePages> HugePages::reserve(int64_t bytes) { return map(bytes, MAP_NORESERVE, MADV_NOHUGEPAGE); }
+StatusOr<HugePages> HugePages::reserve(int64_t bytes) { return map(bytes, MADV_NOHUGEPAGE); }
 
-StatusOr<HugePages> HugePages::map(int64_t bytes, int flags, int advice) {
+// Not counted by the kernel's overcommit, which knows less of the machine's memory than the budget that came before.
+StatusOr<HugePages> HugePages::map(int64_t bytes, int advice) {
   MOED_CHECK(bytes >= 0) << bytes;
   if (bytes == 0) return HugePages();
   // One huge page more than needed, so that the start can be aligned; the untouched rest costs address space alone.
   const int64_t size = (bytes + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
   void* mapped =
-      mmap(nullptr, size + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | flags, -1, 0);
+      mmap(nullptr, size + kHugePageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) {
     return Status(StatusCode::kResourceExhausted, "cannot map " + std::to_string(bytes) + " bytes of memory");
   }

@@ -30,7 +30,7 @@ class HugePages {
   int64_t size() const { return size_; }
 
  private:
-  static StatusOr<HugePages> map(int64_t bytes, int flags, int advice);
+  static StatusOr<HugePages> map(int64_t bytes, int advice);
   HugePages(std::byte* data, int64_t size) : data_(data), size_(size) {}
   std::byte* data_ = nullptr;
   int64_t size_ = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <future>
+#include <numeric>
 #include <utility>
 
 #include "base/cpu_places.h"
@@ -14,6 +15,8 @@ namespace moed {
 namespace {
 
 // Blobs begin on cache lines.
+constexpr int64_t kPageBytes = 4096;
+
 int64_t stride_bytes(const BlobShape& shape) {
   constexpr int64_t kAlignBytes = 64;
   return (shape.bytes() + kAlignBytes - 1) / kAlignBytes * kAlignBytes;
@@ -73,7 +76,11 @@ StatusOr<ExpertStore> ExpertStore::load(const Model& model, const TensorSource& 
 }
 
 int64_t ExpertStore::piece_bytes(const HostPins& pins) const {
-  return std::max<int64_t>(1, pins.chunk_bytes() / stride_bytes_) * stride_bytes_;
+  int64_t num_blobs = std::max<int64_t>(1, pins.chunk_bytes() / stride_bytes_);
+  // Drivers pin whole pages, and none twice: pieces end where pages do.
+  const int64_t blobs_to_a_page = kPageBytes / std::gcd(stride_bytes_, kPageBytes);
+  if (num_blobs > blobs_to_a_page) num_blobs -= num_blobs % blobs_to_a_page;
+  return num_blobs * stride_bytes_;
 }
 
 // Piece by piece: while one is read, the one before is pinned.

@@ -15,7 +15,7 @@ namespace moed {
 class HostPins {
  public:
   // chunk_bytes: what is pinned at once, so that a refusal costs little and reading may go on beside it.
-  explicit HostPins(Device& device, int64_t chunk_bytes = int64_t{16} << 30)
+  explicit HostPins(Device& device, int64_t chunk_bytes = int64_t{2} << 30)
       : device_(&device), chunk_bytes_(chunk_bytes) {}
   ~HostPins();
   HostPins(HostPins&& other) noexcept

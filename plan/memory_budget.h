@@ -14,7 +14,7 @@ namespace moed {
 // server/, judged here.
 struct MachineMemory {
   int64_t host_free_bytes = 0;
-  std::string source;           // "MemAvailable" or "cgroup memory.max"
+  std::string source;           // "MemAvailable", "cgroup memory.max", or the setting that says
   int64_t device_bytes = 0;     // 0: the device has no memory of its own
   bool device_is_host = false;  // what the device takes is taken of the host's: an emulated device
 };

@@ -1,6 +1,7 @@
 #include "server/backend.h"
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -136,7 +137,10 @@ std::string ExpertPins::warning() const {
       refusal);
 }
 
-MachineMemory machine_memory() {
+MachineMemory machine_memory(double host_memory_gib) {
+  if (host_memory_gib > 0.0) {
+    return {.host_free_bytes = std::llround(host_memory_gib * (1 << 30)), .source = "memory.host_memory_gib"};
+  }
   MachineMemory memory{.host_free_bytes = meminfo_bytes("MemAvailable"), .source = "MemAvailable"};
   const int64_t headroom = cgroup_limits().memory_headroom_bytes;
   if (headroom < memory.host_free_bytes) memory = {.host_free_bytes = headroom, .source = "cgroup memory.max"};
@@ -172,7 +176,7 @@ StatusOr<std::unique_ptr<Backend>> load_on(std::unique_ptr<OpenedEngine> opened,
   const bool has_device = opened->device_memory_bytes() > 0;
   MOED_ASSIGN_OR_RETURN(const Placement placement,
                         resolve_placement(placement_request(settings), model.config, has_device));
-  MachineMemory machine = machine_memory();
+  MachineMemory machine = machine_memory(settings.memory.host_memory_gib);
   machine.device_bytes = opened->device_memory_bytes();
   machine.device_is_host = opened->device_memory_is_host();
   if (opened->is_simulated()) {

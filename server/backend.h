@@ -67,7 +67,7 @@ struct BenchDevice {
 StatusOr<std::unique_ptr<Backend>> load_bench_backend(const Settings& settings, const Model& model,
                                                       const BenchDevice& bench);
 
-// Host memory that this process may still take: min(MemAvailable, cgroup headroom).
-MachineMemory machine_memory();
+// Host memory that this process may still take: min(MemAvailable, cgroup headroom), or host_memory_gib where above 0.
+MachineMemory machine_memory(double host_memory_gib);
 
 }  // namespace moed

@@ -40,8 +40,9 @@ struct Settings {
   } device;
 
   struct Memory {
-    double kv_gib = 0;         // of host memory; 0: chosen from what is free
-    double device_kv_gib = 0;  // of the device's; 0: chosen from what is left
+    double host_memory_gib = 0;  // that may be taken; 0: what is free
+    double kv_gib = 0;           // of host memory; 0: chosen from what is free
+    double device_kv_gib = 0;    // of the device's; 0: chosen from what is left
     bool prefix_cache = true;
   } memory;
 

@@ -61,6 +61,10 @@ const SettingRow kRows[] = {
     {"device.deterministic", at<&S::device, &S::Device::deterministic>,
      "One kernel and one order of sums whatever the batch: the same tokens, slower"},
 
+    {"memory.host_memory_gib", at<&S::memory, &S::Memory::host_memory_gib>,
+     "Host memory that may be taken in GiB, for weights, KV cache and the rest; 0: what the machine says is free. "
+     "Virtual machines whose memory grows as it is used say too little",
+     0, kGibMax},
     {"memory.kv_gib", at<&S::memory, &S::Memory::kv_gib>,
      "Host memory of the KV cache in GiB; 0: what is free, at most 16 full contexts", 0, kGibMax},
     {"memory.device_kv_gib", at<&S::memory, &S::Memory::device_kv_gib>,

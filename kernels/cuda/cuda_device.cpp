@@ -107,7 +107,10 @@ StatusOr<Found> find_device(int32_t index) {
   // Each of these may fail for want of a driver; their answers then stay 0, which says so.
   cudaDriverGetVersion(&offer.driver_version);
   cudaRuntimeGetVersion(&offer.runtime_version);
-  cudaGetDeviceCount(&offer.num_devices);
+  if (const cudaError_t error = cudaGetDeviceCount(&offer.num_devices); error != cudaSuccess) {
+    offer.num_devices = 0;
+    offer.refusal = error_text(error);
+  }
   cudaDeviceProp properties{};
   if (index < offer.num_devices) {
     const cudaError_t error = cudaGetDeviceProperties(&properties, index);

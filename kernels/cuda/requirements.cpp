@@ -59,7 +59,10 @@ Status check_offer(const Offer& offer, const Compiled& compiled) {
                        ", this build needs one for CUDA " + std::to_string(offer.runtime_version / 1000) +
                        ".0 or later: update the driver");
   }
-  if (offer.num_devices == 0) return unavailable("the NVIDIA driver shows no GPU (CUDA_VISIBLE_DEVICES hides some?)");
+  if (offer.num_devices == 0) {
+    return unavailable("the NVIDIA driver shows no GPU (" +
+                       (offer.refusal.empty() ? "CUDA_VISIBLE_DEVICES hides some?" : offer.refusal) + ")");
+  }
   if (offer.index >= offer.num_devices) {
     return invalid_argument("device cuda:" + std::to_string(offer.index) + ": the driver shows " +
                                 std::to_string(offer.num_devices) + (offer.num_devices == 1 ? " GPU" : " GPUs") +

@@ -24,7 +24,8 @@ struct Offer {
   int32_t driver_version = 0;   // the newest CUDA that the driver runs; 0: there is no driver
   int32_t runtime_version = 0;  // that this build was made with
   int32_t num_devices = 0;
-  int32_t index = 0;  // of the device asked for
+  std::string refusal;  // what the driver says instead of their number
+  int32_t index = 0;    // of the device asked for
   // Of that device, if there is one:
   std::string name;
   int32_t major = 0;  // compute capability
