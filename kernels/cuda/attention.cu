@@ -221,6 +221,19 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   }
 }
 
+// Of the columns of a head those that one lane merges.
+constexpr int kColumnsOfLane = kHeadDimMax / kWarpSize;
+// Chunks whose partials are loaded together: one by one each would wait for the memory anew.
+constexpr int kMergedAtOnce = 4;
+
+__device__ inline void load_columns(const float* from, int32_t head_dim, float (&to)[kColumnsOfLane]) {
+#pragma unroll
+  for (int i = 0; i < kColumnsOfLane; ++i) {
+    const int column = i * kWarpSize + lane_of_thread();
+    to[i] = column < head_dim ? from[column] : 0.0F;
+  }
+}
+
 // A warp a vector of a short span.
 __global__ void __launch_bounds__(kMergeWarps* kWarpSize) merge_partials(AttentionArgs args, Plan plan) {
   const Merge merge_of = plan.merges[blockIdx.x];
@@ -231,26 +244,33 @@ __global__ void __launch_bounds__(kMergeWarps* kWarpSize) merge_partials(Attenti
     const float* first = partial_at(plan, args, merge_of.first_task, head, vector);
     float peak = first[0];
     float total = first[1];
-    float sums[kHeadDimMax / kWarpSize];
+    float sums[kColumnsOfLane];
+    load_columns(first + 2, args.kv.head_dim, sums);
+    for (int32_t begin = 1; begin < merge_of.num_chunks; begin += kMergedAtOnce) {
+      float peaks[kMergedAtOnce];
+      float totals[kMergedAtOnce];
+      float columns[kMergedAtOnce][kColumnsOfLane];
 #pragma unroll
-    for (int i = 0; i < kHeadDimMax / kWarpSize; ++i) {
-      const int column = i * kWarpSize + lane;
-      sums[i] = column < args.kv.head_dim ? first[2 + column] : 0.0F;
-    }
-    for (int32_t chunk = 1; chunk < merge_of.num_chunks; ++chunk) {
-      const float* next = partial_at(plan, args, merge_of.first_task + chunk, head, vector);
-      const MergeWeights weights = merge_weights(peak, next[0], args.scale);
-      peak = weights.peak;
-      total = merge(total, next[1], weights);
+      for (int i = 0; i < kMergedAtOnce; ++i) {
+        const float* next =
+            partial_at(plan, args, merge_of.first_task + min(begin + i, merge_of.num_chunks - 1), head, vector);
+        peaks[i] = next[0];
+        totals[i] = next[1];
+        load_columns(next + 2, args.kv.head_dim, columns[i]);
+      }
 #pragma unroll
-      for (int i = 0; i < kHeadDimMax / kWarpSize; ++i) {
-        const int column = i * kWarpSize + lane;
-        if (column < args.kv.head_dim) sums[i] = merge(sums[i], next[2 + column], weights);
+      for (int i = 0; i < kMergedAtOnce; ++i) {
+        if (begin + i >= merge_of.num_chunks) break;
+        const MergeWeights weights = merge_weights(peak, peaks[i], args.scale);
+        peak = weights.peak;
+        total = merge(total, totals[i], weights);
+#pragma unroll
+        for (int c = 0; c < kColumnsOfLane; ++c) sums[c] = merge(sums[c], columns[i][c], weights);
       }
     }
     Bf16* out = out_of(args, task, head, vector);
 #pragma unroll
-    for (int i = 0; i < kHeadDimMax / kWarpSize; ++i) {
+    for (int i = 0; i < kColumnsOfLane; ++i) {
       const int column = i * kWarpSize + lane;
       if (column < args.kv.head_dim) out[column].bits = to_bf16(sums[i] / total);
     }

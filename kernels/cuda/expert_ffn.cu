@@ -12,6 +12,9 @@ namespace {
 // As shared memory allows: with few rows what counts is how many loads are under way.
 constexpr int kBlocksOfSm = 3;
 
+// Blocks that share the columns of one where few rows are multiplied: a warp alone has too few loads under way.
+constexpr unsigned kDotBlocks = 4;
+
 // Some rows of one expert.
 struct Task {
   const Bf16* blob;
@@ -152,8 +155,10 @@ void expert_ffn(const ExpertFfn& args, const Launch& launch) {
   ffn.wide_scratch = wide_blobs && rows_are_wide(args.scratch.data, args.scratch.stride);
   ffn.deterministic = launch.deterministic;
   if (tasks == 0) return;
+  const bool few_rows = args.pairs_max <= int64_t{kDotRows} * num_experts && !launch.deterministic;
+  const unsigned blocks_z = few_rows ? kDotBlocks : 1;
   const auto grid = [&](int64_t columns, int64_t columns_a_block) {
-    return dim3{static_cast<unsigned>(tasks), static_cast<unsigned>(divide_up(columns, columns_a_block))};
+    return dim3{static_cast<unsigned>(tasks), static_cast<unsigned>(divide_up(columns, columns_a_block)), blocks_z};
   };
   run_kernel(plan_tasks, dim3{1}, dim3{kTileThreads}, 0, launch.stream, ffn);
   run_kernel(gate_up, grid(ffn.intermediate, kPanelColumns), dim3{kTileThreads}, 0, launch.stream, ffn);

@@ -205,14 +205,16 @@ __device__ inline void add_dots(const Bf16* const (&w)[2], const Bf16* const (&x
   }
 }
 
-// As multiply_tile, for at most kDotRows rows: a warp a column.
+// As multiply_tile, for at most kDotRows rows: a warp a column, the columns dealt to the blocks along z.
 template <class RowOf, class Store>
 __device__ inline void multiply_dots(const TileShape& shape, const Panel& first, const Panel& second,
                                      const RowOf& row_of, const Store& store) {
   const Bf16* x[kDotRows];
 #pragma unroll
   for (int row = 0; row < kDotRows; ++row) x[row] = row < shape.rows ? row_of(row) : nullptr;
-  for (int column = warp_of_thread(); column < max(first.columns, second.columns); column += kTileWarps) {
+  const int warp = static_cast<int>(blockIdx.z) * kTileWarps + warp_of_thread();
+  const int num_warps = static_cast<int>(gridDim.z) * kTileWarps;
+  for (int column = warp; column < max(first.columns, second.columns); column += num_warps) {
     const Bf16* w[2] = {column < first.columns ? first.weights + int64_t{column} * shape.depth : nullptr,
                         column < second.columns ? second.weights + int64_t{column} * shape.depth : nullptr};
     float sums[2][kDotRows] = {};
@@ -233,6 +235,8 @@ __device__ inline void multiply(uint16_t* stages, const TileShape& shape, const 
                                 const RowOf& row_of, const Store& store) {
   if (shape.rows <= kDotRows && !shape.tiles) {
     multiply_dots(shape, first, second, row_of, store);
+  } else if (blockIdx.z > 0) {
+    return;
   } else if (shape.rows <= kSmallTileRows) {
     multiply_tile<kSmallTileRows>(stages, shape, first, second, row_of, store);
   } else {
