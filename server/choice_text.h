@@ -47,6 +47,11 @@ class ChoiceText {
     int64_t begin = 0;  // where its text begins in the answer, bytes
     int64_t end = 0;    // at least one byte behind that
   };
+  bool is_text(const TokenEvent& event) const;
+  // True: a stop string ended the choice.
+  StatusOr<bool> add_text(const ScoredToken& token, Delta& delta);
+  // What is held goes out, as the scheduler ended the choice.
+  Status finish(const TokenEvent& event, Delta& delta);
   void release(std::string_view text, Delta& delta);
   void end(FinishReason reason, Delta& delta);
 
