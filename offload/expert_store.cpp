@@ -14,9 +14,9 @@
 namespace moed {
 namespace {
 
-// Blobs begin on cache lines.
 constexpr int64_t kPageBytes = 4096;
 
+// Blobs begin on cache lines.
 int64_t stride_bytes(const BlobShape& shape) {
   constexpr int64_t kAlignBytes = 64;
   return (shape.bytes() + kAlignBytes - 1) / kAlignBytes * kAlignBytes;

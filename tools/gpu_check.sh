@@ -127,6 +127,12 @@ record() {
   report >/dev/null || true
 }
 
+# why_failed NAME: what its log names, and how it ends.
+why_failed() {
+  grep -E '^\[  FAILED  \]|error:' "$out/$1.log" | head -n 40 || true
+  tail -n 15 "$out/$1.log"
+}
+
 # What gpu_report makes of it, and of each step that failed what its log ends with.
 report() {
   local code=1 name result seconds
@@ -141,8 +147,7 @@ report() {
     if [ "$result" != failed ] || [ ! -e "$out/$name.log" ]; then continue; fi
     echo
     echo "Of $name.log, $seconds s"
-    grep -E '^\[  FAILED  \]|error:' "$out/$name.log" | head -n 40 || true
-    tail -n 15 "$out/$name.log"
+    why_failed "$name"
   done <"$out/steps.txt" >"$out/failed.next"
   # The counts stay last.
   { head -n -1 "$out/report.txt"; cat "$out/failed.next"; tail -n 1 "$out/report.txt"; } >"$out/report.next"
@@ -175,8 +180,7 @@ step() {
   if [ "$code" != 0 ]; then
     result=failed
     echo "exit code $code; of $name.log:"
-    grep -E '^\[  FAILED  \]|error:' "$out/$name.log" | head -n 20 || true
-    tail -n 15 "$out/$name.log"
+    why_failed "$name"
   fi
   record "$name" "$result" $((SECONDS - began))
   echo "   $result, $((SECONDS - began)) s"

@@ -46,8 +46,8 @@ Json decode_bound(const Json& bench, const Json& probe, double rows) {
   StatusOr<Model> model = model_of_shape(bench.at("model").get<std::string>());
   Planning planning;
   planning.policy = policy_of(bench.at("policy").get<std::string>());
-  if (!model.ok() || planning.policy == nullptr || rows < 1.0 || probe.at("tiny").get<bool>()) return nullptr;
-  if (!probe.contains("copy_up_gb_per_s")) return nullptr;
+  const bool probed = probe.contains("copy_up_gb_per_s") && !probe.at("tiny").get<bool>();
+  if (!model.ok() || planning.policy == nullptr || rows < 1.0 || !probed) return nullptr;
   ModelConfig& config = model->config;
   config.num_layers = bench.at("layers").get<int32_t>();
   config.layers.resize(config.num_layers);

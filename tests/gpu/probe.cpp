@@ -103,13 +103,18 @@ class Probe {
     fill(x_);
   }
 
+  // Waits for what the first stream was given.
+  void finish() {
+    streams_[0]->record(*events_[0]);
+    check(events_[0]->join());
+  }
+
   // With what the source holds, again and again.
   void fill(const Buffer& buffer) {
     for (int64_t done = 0; done < buffer.size(); done += source_.size()) {
       streams_[0]->copy(buffer.data() + done, source_.data(), std::min(source_.size(), buffer.size() - done));
     }
-    streams_[0]->record(*events_[0]);
-    check(events_[0]->join());
+    finish();
   }
 
   // To where the engine has what a layer's router said.
@@ -117,8 +122,7 @@ class Probe {
     const auto bytes = static_cast<int64_t>(numbers.size() * sizeof(int32_t));
     Buffer to = buffer(bytes);
     streams_[0]->copy(to.data(), numbers.data(), bytes);
-    streams_[0]->record(*events_[0]);
-    check(events_[0]->join());
+    finish();
     return to;
   }
 
